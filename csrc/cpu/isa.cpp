@@ -1,0 +1,59 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fastcls::cpu {
+
+namespace {
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kScalar:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::kScalar;
+}
+
+Isa choose() {
+  constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+  const char* wanted = std::getenv("FASTCLS_ISA");
+  for (Isa isa : kBestFirst) {
+    if (wanted == nullptr || *wanted == '\0') {
+      if (supported(isa)) return isa;
+    } else if (std::string(wanted) == isa_name(isa)) {
+      if (supported(isa)) return isa;
+      throw std::runtime_error(std::string("FASTCLS_ISA: this CPU does not support ") + wanted);
+    }
+  }
+  throw std::runtime_error(std::string("FASTCLS_ISA: expected scalar, avx2 or avx512, got ") +
+                           wanted);
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "scalar";
+  }
+}
+
+}  // namespace fastcls::cpu

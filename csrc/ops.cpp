@@ -1,0 +1,21 @@
+// Every op, its schema and its CPU kernel. The CUDA kernels are registered in cuda/register.cpp.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastcls, m) {
+  m.def(
+      "conv_block_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups, bool relu, int[] pool_size, int[] pool_stride, "
+      "int[] pool_padding, bool ceil_mode, bool save_winner) -> (Tensor out, Tensor winner)");
+  m.def(
+      "conv_block_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor winner, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool relu, int[] pool_size, "
+      "int[] pool_stride, int[] pool_padding, bool ceil_mode, bool need_input, bool need_weight, "
+      "bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcls, CPU, m) {
+  m.impl("conv_block_forward", TORCH_BOX(&fastcls::cpu::conv_block_forward));
+  m.impl("conv_block_backward", TORCH_BOX(&fastcls::cpu::conv_block_backward));
+}

@@ -1,0 +1,8 @@
+"""Fused conv + ReLU + max-pool and softmax cross-entropy for PyTorch, on CPU and CUDA."""
+
+from fastcls import _load as _load  # registers the ops before anything refers to them
+from fastcls import functional
+from fastcls.info import build_info
+from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
+
+__all__ = ["FusedConvBlock", "FusedCrossEntropyLoss", "build_info", "functional"]

@@ -1,0 +1,46 @@
+"""What was built and what runs."""
+
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+
+import torch
+
+from fastcls import _C, _load
+
+
+def _package_version():
+    try:
+        return version("fastcls")
+    except PackageNotFoundError:  # built in place, not installed
+        return "not installed"
+
+
+def build_info() -> dict:
+    """Versions, CUDA architectures compiled in, CPU instruction set in use, threads.
+
+    Returns:
+        A flat dict: ``fastcls``, ``torch``, ``python`` and ``compiler`` versions; ``cpu_isa``
+        (``scalar``, ``avx2`` or ``avx512``; ``FASTCLS_ISA`` overrides the choice); ``threads``
+        (PyTorch's intra-op threads, which the kernels use); ``cuda_archs`` (list of compute
+        capabilities such as ``"9.0"``, the last with ``+PTX``, empty in a CPU-only build);
+        ``cuda_kernels`` (``"loaded"`` or why not); ``torch_cuda`` (toolkit version of torch, or
+        None); ``devices`` (names of the visible GPUs).
+    """
+    if _load.cuda_loaded:
+        kernels = "loaded"
+    elif _load.CUDA_LIBRARY is None:
+        kernels = "not built (no nvcc, or FASTCLS_CUDA=0, when fastcls was installed)"
+    else:
+        kernels = f"not loaded: {_load.cuda_error or 'this torch has no CUDA'}"
+    return {
+        "fastcls": _package_version(),
+        "torch": torch.__version__,
+        "python": python_version(),
+        "compiler": _C.compiler,
+        "cpu_isa": _C.isa(),
+        "threads": torch.get_num_threads(),
+        "cuda_archs": [a for a in _C.cuda_archs.split(";") if a],
+        "cuda_kernels": kernels,
+        "torch_cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

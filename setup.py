@@ -1,0 +1,119 @@
+"""Build of the two kernel libraries; everything else about the package is in pyproject.toml.
+
+    fastcls._C      pybind11 module: op schemas, CPU kernels, build info. Needs no CUDA library.
+    fastcls/_cuda   the CUDA kernels, built where nvcc is; loaded only where torch has CUDA.
+
+Both use PyTorch's stable ABI, so one build runs under every torch from 2.10 on.
+
+Environment: FASTCLS_CUDA=auto|0|1 (1: no nvcc is an error), TORCH_CUDA_ARCH_LIST, DEBUG=1,
+MAX_JOBS.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET_VERSION = "0x020A000000000000"  # 2.10, the oldest torch with all we call
+# One entry per generation that the kernels' fast paths distinguish. PTX of the last one serves
+# newer devices. A compiler that lacks one of them is told so by FASTCLS build output.
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+def nvcc_output(*args):
+    return subprocess.run(["nvcc", *args], capture_output=True, text=True, check=False)
+
+
+def find_cuda_home():
+    """Root of the CUDA toolkit, or None. The nvcc on PATH may be a wrapper: ask it, not its path."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return home if (Path(home) / "bin" / "nvcc").exists() else None
+    if shutil.which("nvcc"):
+        if top := re.search(r"^#\$ TOP=(.*)$", nvcc_output("--dryrun", "x.cu").stderr, re.M):
+            return str(Path(top[1]).resolve())
+    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+
+
+def default_arch_list(cuda_home):
+    listed = subprocess.run(
+        [f"{cuda_home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    archs = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed]
+    return ";".join([*archs[:-1], archs[-1] + "+PTX"])
+
+
+def choose_cuda():
+    """CUDA toolkit root to build with, or None, from FASTCLS_CUDA and what is installed."""
+    wanted = os.environ.get("FASTCLS_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTCLS_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    home = None if wanted == "0" else find_cuda_home()
+    if wanted == "1" and home is None:
+        raise SystemExit("FASTCLS_CUDA=1, but no nvcc on PATH and none under CUDA_HOME")
+    return home
+
+
+CUDA_HOME = choose_cuda()
+if CUDA_HOME:  # both are read when torch.utils.cpp_extension is imported or builds
+    os.environ["CUDA_HOME"] = CUDA_HOME
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(CUDA_HOME))
+
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
+
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
+DEFINES = [
+    ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+    ("FASTCLS_CUDA_ARCHS", f'"{os.environ.get("TORCH_CUDA_ARCH_LIST", "") if CUDA_HOME else ""}"'),
+]
+
+
+def extension(name, sources, *, libraries, with_cuda=False):
+    cuda_dirs = {"include": [], "lib": []}
+    if with_cuda:
+        cuda_dirs = {"include": [f"{CUDA_HOME}/include"], "lib": [f"{CUDA_HOME}/lib64"]}
+    cxx = [*OPTIMISE, "-Wall", "-fvisibility=hidden"]
+    return Extension(
+        name,
+        sorted(str(s) for s in sources),
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *include_paths(), *cuda_dirs["include"]],
+        library_dirs=[*library_paths(), *cuda_dirs["lib"]],
+        libraries=libraries,
+        define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
+        extra_compile_args={"cxx": cxx, "nvcc": [*OPTIMISE, "--threads=2", "-Xcompiler=-fvisibility=hidden"]},
+        depends=[str(h) for h in Path("csrc").rglob("*.h")],
+        language="c++",
+    )
+
+
+def extensions():
+    built = [extension("fastcls._C", Path("csrc").glob("*.cpp"), libraries=["torch_cpu"])]
+    built[0].sources += sorted(str(s) for s in Path("csrc/cpu").glob("*.cpp"))
+    if CUDA_HOME:
+        # cudart is linked statically: a dynamic one ties the wheel to one CUDA major version.
+        libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+        sources = [*Path("csrc/cuda").glob("*.cu"), *Path("csrc/cuda").glob("*.cpp")]
+        built.append(extension("fastcls._cuda", sources, libraries=libraries, with_cuda=True))
+    return built
+
+
+def summary():
+    cuda = f"{CUDA_HOME}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}" if CUDA_HOME else (
+        "none: CPU-only build (install nvcc, or set CUDA_HOME, for the CUDA kernels)"
+    )
+    return f"fastcls: CPU kernels: yes; CUDA kernels: {cuda}; {'debug' if DEBUG else 'release'} build"
+
+
+class Build(BuildExtension):
+    def run(self):
+        print(summary())
+        super().run()
+        print(summary())
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
