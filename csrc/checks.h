@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cross_entropy.h"
 #include "shapes.h"
 
 namespace fastcls {
@@ -25,10 +26,11 @@ std::string message(const Args&... args) {
   return text.str();
 }
 
-#define FASTCLS_CHECK(condition, ...)                                          \
-  do {                                                                         \
-    if (!(condition)) throw std::runtime_error(fastcls::message(__VA_ARGS__)); \
+#define FASTCLS_CHECK_AS(exception, condition, ...)                   \
+  do {                                                                \
+    if (!(condition)) throw exception(fastcls::message(__VA_ARGS__)); \
   } while (0)
+#define FASTCLS_CHECK(condition, ...) FASTCLS_CHECK_AS(std::runtime_error, condition, __VA_ARGS__)
 
 inline std::string shape_string(const Tensor& t) {
   std::ostringstream text;
@@ -148,7 +150,8 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
                 ": out_channels must be a positive multiple of groups (", s.groups, "), got ", s.K);
   FASTCLS_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.K), op,
                 ": bias must have shape (", s.K, ",), got ", bias ? shape_string(*bias) : "");
-  FASTCLS_CHECK(s.H >= 1 && s.W >= 1, op, ": input must have height and width of at least 1, got ",
+  FASTCLS_CHECK(s.C >= 1 && s.H >= 1 && s.W >= 1, op,
+                ": input must have channels, height and width of at least 1, got ",
                 shape_string(input));
   const int64_t extent_h = s.dilation_h * (s.kernel_h - 1) + 1;
   const int64_t extent_w = s.dilation_w * (s.kernel_w - 1) + 1;
@@ -208,6 +211,181 @@ inline void check_conv_block_backward(const ConvBlockShape& s, const Tensor& gra
                 " contiguous ", torch::headeronly::toString(winner_type(s)), "), got ",
                 shape_string(winner), " ",
                 torch::headeronly::toString(winner.scalar_type()));
+}
+
+// What the arguments of a cross-entropy say about sizes.
+struct CrossEntropyShape {
+  std::vector<int64_t> batch;  // input's shape without its class dimension
+  int64_t C;
+  bool prob;  // target holds class probabilities, not class indices
+};
+
+inline bool is_index(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+      return true;
+    default:
+      return false;
+  }
+}
+
+inline std::string shape_string(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+// PyTorch's rule: a target of input's shape holds probabilities, any other holds indices.
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+inline void check_cross_entropy_index(const char* op, const Tensor& input, const Tensor& target,
+                                      const CrossEntropyShape& s) {
+  if (input.dim() == 1) {
+    FASTCLS_CHECK_AS(std::invalid_argument, target.numel() == 1 && target.dim() <= 1, op,
+                     ": target must have shape () or (1,) with a 1D input, got ",
+                     shape_string(target));
+  } else {
+    FASTCLS_CHECK_AS(std::invalid_argument, target.dim() > 0 && target.size(0) == input.size(0), op,
+                     ": target must have batch size ", input.size(0), " like input, got ",
+                     shape_string(target));
+    bool fits = target.dim() == input.dim() - 1;
+    for (int64_t d = 1; fits && d < target.dim(); ++d) fits = target.size(d) == input.size(d + 1);
+    FASTCLS_CHECK(fits, op, ": target must have shape ", shape_string(s.batch),
+                  " (class indices) or ", shape_string(input), " (class probabilities), got ",
+                  shape_string(target));
+  }
+  FASTCLS_CHECK(is_index(target.scalar_type()), op,
+                ": target must have an integer dtype (class indices of shape ",
+                shape_string(s.batch), "), got ",
+                torch::headeronly::toString(target.scalar_type()));
+}
+
+inline void check_cross_entropy_prob(const char* op, const Tensor& input, const Tensor& target,
+                                     int64_t ignore_index) {
+  using torch::headeronly::toString;
+  const ScalarType x = input.scalar_type(), t = target.scalar_type();
+  FASTCLS_CHECK(is_floating(t), op, ": target must have a floating point dtype (class ",
+                "probabilities, as it has input's shape ", shape_string(input), "), got ",
+                toString(t));
+  FASTCLS_CHECK(t == x || (is_half(x) && t == ScalarType::Float), op, ": target must be ",
+                toString(x), " like input", is_half(x) ? " or Float" : "", ", got ", toString(t));
+  FASTCLS_CHECK(ignore_index < 0, op,
+                ": ignore_index must be negative (unused) with class probabilities, got ",
+                ignore_index);
+}
+
+inline CrossEntropyShape check_cross_entropy(const char* op, const Tensor& input,
+                                             const Tensor& target,
+                                             const std::optional<Tensor>& weight,
+                                             int64_t ignore_index, int64_t reduction,
+                                             double label_smoothing) {
+  using torch::headeronly::toString;
+  const ScalarType x = input.scalar_type();
+  FASTCLS_CHECK(is_floating(x), op,
+                ": input must be float32, float64, bfloat16 or float16, got ", toString(x));
+  FASTCLS_CHECK(input.dim() >= 1, op, ": input must have shape (C), (N, C) or (N, C, d1, ...), got ",
+                shape_string(input));
+  const int64_t class_dim = input.dim() == 1 ? 0 : 1;
+  CrossEntropyShape s{{}, input.size(class_dim), same_shape(input, target)};
+  for (int64_t d = 0; d < input.dim(); ++d)
+    if (d != class_dim) s.batch.push_back(input.size(d));
+  check_same_device(op, "target", target, input, "input");
+  if (s.prob) {
+    check_cross_entropy_prob(op, input, target, ignore_index);
+  } else {
+    check_cross_entropy_index(op, input, target, s);
+  }
+  if (weight) {
+    const ScalarType w = weight->scalar_type();
+    FASTCLS_CHECK(weight->dim() == 1 && weight->size(0) == s.C, op, ": weight must have shape (",
+                  s.C, ",), one value per class, got ", shape_string(*weight));
+    FASTCLS_CHECK(w == x || (is_half(x) && w == ScalarType::Float), op, ": weight must be ",
+                  toString(x), " like input", is_half(x) ? " or Float" : "", ", got ", toString(w));
+    check_same_device(op, "weight", *weight, input, "input");
+  }
+  FASTCLS_CHECK(reduction >= kNone && reduction <= kSum, op,
+                ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  FASTCLS_CHECK(!(label_smoothing > 1), op,
+                ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
+  return s;
+}
+
+// PyTorch computes without smoothing where the factor is negative or NaN.
+inline double effective_smoothing(double label_smoothing) {
+  return label_smoothing > 0 ? label_smoothing : 0;
+}
+
+// The operands are input, the target if it holds probabilities, and the gradient if there is one.
+inline RowLayout row_layout(const char* op, const CrossEntropyShape& s,
+                            const Tensor* (&&operands)[kRowOperands]) {
+  RowLayout layout;
+  layout.C = s.C;
+  const int64_t dims = operands[kInput]->dim();
+  const int64_t class_dim = dims == 1 ? 0 : 1;
+  auto stride = [&](int k, int64_t d) { return operands[k] ? operands[k]->stride(d) : 0; };
+  for (int k = 0; k < kRowOperands; ++k) layout.class_stride[k] = stride(k, class_dim);
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t size = operands[kInput]->size(d);
+    if (d == class_dim || size == 1) continue;
+    layout.rows *= size;
+    const int last = layout.dims - 1;
+    bool merge = last >= 0;
+    for (int k = 0; merge && k < kRowOperands; ++k)
+      merge = !operands[k] || layout.stride[k][last] == stride(k, d) * size;
+    FASTCLS_CHECK(merge || layout.dims < kMaxRowDims, op, ": input must have at most ", kMaxRowDims,
+                  " dimensions that do not merge into one, got ", shape_string(*operands[kInput]));
+    const int at = merge ? last : layout.dims++;
+    layout.size[at] = merge ? layout.size[at] * size : size;
+    for (int k = 0; k < kRowOperands; ++k) layout.stride[k][at] = stride(k, d);
+  }
+  return layout;
+}
+
+// Saved for backward, flat: the maximum of each row, the log of each row's sum of exp(x - maximum),
+// and the divisor of the mean. Maximum and log stay apart because their sum would lose the log's
+// digits where logits are large.
+inline int64_t saved_numel(int64_t rows) { return 2 * rows + 1; }
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_cross_entropy_backward(const CrossEntropyShape& s, const Tensor& grad_loss,
+                                         const Tensor& input, const Tensor& saved,
+                                         int64_t reduction) {
+  using torch::headeronly::toString;
+  const char* op = "cross_entropy_backward";
+  const std::vector<int64_t> shape = reduction == kNone ? s.batch : std::vector<int64_t>{};
+  bool fits = grad_loss.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = grad_loss.size(d) == shape[d];
+  FASTCLS_CHECK(fits, op, ": grad_loss must have shape ", shape_string(shape), ", got ",
+                shape_string(grad_loss));
+  const ScalarType x = input.scalar_type(), g = grad_loss.scalar_type();
+  FASTCLS_CHECK(g == x || (is_half(x) && g == ScalarType::Float), op, ": grad_loss must be ",
+                toString(x), " like input", is_half(x) ? " or Float" : "", ", got ", toString(g));
+  check_same_device(op, "grad_loss", grad_loss, input, "input");
+  check_same_device(op, "saved", saved, input, "input");
+  int64_t rows = 1;
+  for (int64_t size : s.batch) rows *= size;
+  FASTCLS_CHECK(saved.scalar_type() == accumulate_type(x) && saved.dim() == 1 &&
+                    saved.size(0) == saved_numel(rows) && saved.is_contiguous(),
+                op, ": saved must be the one that cross_entropy_forward saved (", saved_numel(rows),
+                " contiguous ", toString(accumulate_type(x)), "), got ", shape_string(saved), " ",
+                toString(saved.scalar_type()));
 }
 
 }  // namespace fastcls

@@ -21,14 +21,14 @@ struct ConvBlockShape {
   int64_t out_h, out_w;
   bool relu;
 
-  int64_t group_in() const { return C / groups; }
-  int64_t group_out() const { return K / groups; }
-  int64_t window() const { return pool_h * pool_w; }
-  int64_t out_numel() const { return N * K * out_h * out_w; }
+  constexpr int64_t group_in() const { return C / groups; }
+  constexpr int64_t group_out() const { return K / groups; }
+  constexpr int64_t window() const { return pool_h * pool_w; }
+  constexpr int64_t out_numel() const { return N * K * out_h * out_w; }
   // Without ReLU and with a 1 × 1 window every gradient passes: there is nothing to remember.
-  bool has_winner() const { return relu || window() > 1; }
+  constexpr bool has_winner() const { return relu || window() > 1; }
   // The greatest code means "ReLU shut", so 8 bits serve windows of up to 255 positions.
-  bool wide_winner() const { return window() > 255; }
+  constexpr bool wide_winner() const { return window() > 255; }
 };
 
 // PyTorch's formula (torch.nn.Conv2d): floor((in + 2 pad - dilation (kernel - 1) - 1) / stride) + 1

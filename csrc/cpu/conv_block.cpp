@@ -1,45 +1,102 @@
 // conv_block on the CPU: check, allocate, pick a kernel.
 #include "ops.h"
 
+#include <algorithm>
 #include <type_traits>
+#include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
+#include "cpu/conv_block_fast.h"
 #include "cpu/conv_block_general.h"
+#include "cpu/isa.h"
 
 namespace fastcls::cpu {
 
 namespace {
 
+// Kernels of the instruction set in use, or empty ones: the general kernel serves.
 template <typename T>
-View4<const T> const_view(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
+#if defined(__x86_64__)
+  if (fast_path_serves(s)) {
+    if (isa() == Isa::kAvx512) return avx512::conv_block_kernels<T>();
+    if (isa() == Isa::kAvx2) return avx2::conv_block_kernels<T>();
+  }
+#endif
+  return {};
 }
 
-template <typename T>
-View4<T> mutable_view(const Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+// Pooled rows in a band: as many as keep the packed input within 256 KiB, half of a small
+// second-level cache.
+int64_t band_rows(const ConvBlockShape& s) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * static_cast<int64_t>(sizeof(float));
+  return std::clamp<int64_t>((262144 / row - (s.kernel_h - 1) * s.dilation_h) /
+                                 (s.pool_stride_h * s.stride_h),
+                             1, s.out_h);
 }
 
-// Calls f(T, W, Acc) with values of those types, for the dtypes that the checks let through.
-template <typename F>
-void dispatch_types(ScalarType input, ScalarType weight, const F& f) {
-  using BFloat16 = torch::headeronly::BFloat16;
-  using Half = torch::headeronly::Half;
-  const bool mixed = input != weight;
-  if (input == ScalarType::Double) return f(double{}, double{}, double{});
-  if (input == ScalarType::Float) return f(float{}, float{}, float{});
-  if (input == ScalarType::BFloat16)
-    return mixed ? f(BFloat16{}, float{}, float{}) : f(BFloat16{}, BFloat16{}, float{});
-  return mixed ? f(Half{}, float{}, float{}) : f(Half{}, Half{}, float{});
+// [K, kernel_h, kernel_w, C], dense.
+template <typename W>
+std::vector<float> float_weight(const ConvBlockShape& s, const View4<const W>& weight) {
+  std::vector<float> packed(s.K * s.kernel_h * s.kernel_w * s.C);
+  float* dst = packed.data();
+  for (int64_t k = 0; k < s.K; ++k)
+    for (int64_t i = 0; i < s.kernel_h; ++i)
+      for (int64_t j = 0; j < s.kernel_w; ++j)
+        for (int64_t c = 0; c < s.C; ++c) *dst++ = static_cast<float>(*weight.at(k, c, i, j));
+  return packed;
 }
 
-template <typename F>
-void dispatch_winner(const ConvBlockShape& s, const F& f) {
-  return s.wide_winner() ? f(int32_t{}) : f(uint8_t{});
+template <typename T, typename W>
+void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
+                  const View4<const T>& x, const View4<const W>& weight, const W* bias,
+                  const View4<T>& out, uint8_t* winner) {
+  const std::vector<float> packed_weight = float_weight(s, weight);
+  std::vector<float> packed_bias(s.K, 0.f);
+  if (bias)
+    for (int64_t k = 0; k < s.K; ++k) packed_bias[k] = static_cast<float>(bias[k]);
+  const int64_t band = band_rows(s), bands = (s.out_h + band - 1) / band;
+  parallel_for(0, s.N * bands, 1, [&](int64_t begin, int64_t end) {
+    kernels.forward(s, x, packed_weight.data(), packed_bias.data(), out, winner, band, begin, end);
+  });
+}
+
+template <typename T, typename W>
+void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
+                         const View4<const T>& grad_out, const View4<const W>& weight,
+                         const uint8_t* winner, const View4<T>& grad_input) {
+  const std::vector<float> packed_weight = float_weight(s, weight);
+  parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
+    kernels.backward_input(s, grad_out, packed_weight.data(), winner, grad_input, begin, end);
+  });
+}
+
+// Partial sums of up to 32 chunks of images, at most 64 MiB, added up in order: the result depends
+// on the shape alone, not on the number of threads.
+template <typename T, typename W>
+void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
+                          const View4<const T>& grad_out, const View4<const T>& x,
+                          const uint8_t* winner, const View4<W>& grad_weight, W* grad_bias) {
+  const int64_t row = s.kernel_h * s.kernel_w * s.C + 1, size = s.K * row;
+  const int64_t most = std::clamp<int64_t>((int64_t{1} << 24) / size, 1, 32);
+  const int64_t chunk = std::max<int64_t>((s.N + most - 1) / most, 1);
+  const int64_t units = (s.N + chunk - 1) / chunk;
+  std::vector<float> partial(units * size);
+  parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    kernels.backward_weight(s, grad_out, x, winner, partial.data(), band_rows(s), chunk, begin, end);
+  });
+  parallel_for(0, s.K, 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(row);
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill(sum.begin(), sum.end(), 0.f);
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t e = 0; e < row; ++e) sum[e] += partial[(u * s.K + k) * row + e];
+      if (grad_weight.data)
+        for (int64_t e = 0; e < row - 1; ++e)
+          *grad_weight.at(k, e % s.C, e / s.C / s.kernel_w, e / s.C % s.kernel_w) =
+              static_cast<W>(sum[e]);
+      if (grad_bias) grad_bias[k] = static_cast<W>(sum[row - 1]);
+    }
+  });
 }
 
 }  // namespace
@@ -62,13 +119,16 @@ std::tuple<Tensor, Tensor> conv_block_forward(
   dispatch_types(input.scalar_type(), weight.scalar_type(), [&](auto t, auto w, auto acc) {
     using T = decltype(t);
     using W = decltype(w);
+    const W* b = flat_bias ? static_cast<const W*>(flat_bias->const_data_ptr()) : nullptr;
+    void* codes = winner.numel() ? winner.mutable_data_ptr() : nullptr;
+    if constexpr (!std::is_same_v<T, double>)
+      if (const auto kernels = fast_kernels<T>(s); kernels.forward)
+        return forward_fast<T, W>(kernels, s, const_view<T>(input), const_view<W>(weight), b,
+                                  mutable_view<T>(out), static_cast<uint8_t*>(codes));
     dispatch_winner(s, [&](auto code) {
       using Win = decltype(code);
-      forward_general<T, W, decltype(acc), Win>(
-          s, const_view<T>(input), const_view<W>(weight),
-          flat_bias ? static_cast<const W*>(flat_bias->const_data_ptr()) : nullptr,
-          mutable_view<T>(out),
-          winner.numel() ? static_cast<Win*>(winner.mutable_data_ptr()) : nullptr);
+      forward_general<T, W, decltype(acc), Win>(s, const_view<T>(input), const_view<W>(weight), b,
+                                                mutable_view<T>(out), static_cast<Win*>(codes));
     });
   });
   return {out, winner};
@@ -95,18 +155,25 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
     using T = decltype(t);
     using W = decltype(w);
     using Acc = decltype(acc);
+    const View4<const T> g = const_view<T>(grad_out), x = const_view<T>(input);
+    const View4<T> dx = need_input ? mutable_view<T>(grad_input) : View4<T>{};
+    const View4<W> dw = need_weight ? mutable_view<W>(grad_weight) : View4<W>{};
+    W* db = need_bias ? static_cast<W*>(grad_bias.mutable_data_ptr()) : nullptr;
+    const void* saved = winner.numel() ? winner.const_data_ptr() : nullptr;
+    if constexpr (!std::is_same_v<T, double>)
+      if (const auto kernels = fast_kernels<T>(s); kernels.forward) {
+        const uint8_t* codes = static_cast<const uint8_t*>(saved);
+        if (need_input) backward_input_fast<T, W>(kernels, s, g, const_view<W>(weight), codes, dx);
+        if (need_weight || need_bias) backward_weight_fast<T, W>(kernels, s, g, x, codes, dw, db);
+        return;
+      }
     dispatch_winner(s, [&](auto code) {
       using Win = decltype(code);
-      const Win* codes =
-          winner.numel() ? static_cast<const Win*>(winner.const_data_ptr()) : nullptr;
-      if (need_input && s.N > 0)
-        backward_input_general<T, W, Acc, Win>(s, const_view<T>(grad_out), const_view<W>(weight),
-                                               codes, mutable_view<T>(grad_input));
+      const Win* codes = static_cast<const Win*>(saved);
+      if (need_input)
+        backward_input_general<T, W, Acc, Win>(s, g, const_view<W>(weight), codes, dx);
       if (need_weight || need_bias)
-        backward_weight_general<T, W, Acc, Win>(
-            s, const_view<T>(grad_out), const_view<T>(input), codes,
-            need_weight ? mutable_view<W>(grad_weight) : View4<W>{},
-            need_bias ? static_cast<W*>(grad_bias.mutable_data_ptr()) : nullptr);
+        backward_weight_general<T, W, Acc, Win>(s, g, x, codes, dw, db);
     });
   });
   return {grad_input, grad_weight, grad_bias};

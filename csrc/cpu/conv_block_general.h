@@ -1,8 +1,5 @@
 // The conv block in plain loops: the meaning of the op. Serves every argument and dtype, float64
-// included; the fast kernels are tested against it.
-//
-// T: input and output, W: weight and bias (T, or float with half T), Acc: arithmetic (double for
-// double, else float), Win: winner code (uint8_t, or int32_t for windows of more than 255).
+// included; the fast kernels are tested against it. Template arguments as in conv_block.h.
 #pragma once
 
 #include <algorithm>
@@ -13,32 +10,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "shapes.h"
+#include "conv_block.h"
 
 namespace fastcls::cpu {
 
 using torch::stable::parallel_for;
-
-// A tensor [N, C, H, W] of any strides (in elements).
-template <typename T>
-struct View4 {
-  T* data;
-  int64_t n, c, h, w;
-  T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
-    return data + in * n + ic * c + ih * h + iw * w;
-  }
-};
-
-template <typename Win>
-constexpr Win kShut = std::numeric_limits<Win>::max();
-
-// Conv-map position of winner code `code` of pooled output (ph, pw).
-template <typename Win>
-inline void winner_position(const ConvBlockShape& s, int64_t ph, int64_t pw, Win code, int64_t* ch,
-                            int64_t* cw) {
-  *ch = ph * s.pool_stride_h - s.pool_pad_h + code / s.pool_w;
-  *cw = pw * s.pool_stride_w - s.pool_pad_w + code % s.pool_w;
-}
 
 // Rows [first, first + rows) of the zero-padded image, as Acc [rows, W + 2 pad_w, C]; `first`
 // counts from the top of the padding.

@@ -1,0 +1,47 @@
+// The fast conv-block kernels as the host code sees them: one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/conv_block_general.h"
+#include "shapes.h"
+
+namespace fastcls::cpu {
+
+// Kernels for input and output dtype T. Weights and bias come as float: weight [K, kernel_h,
+// kernel_w, C], bias [K] (never null). All of them work on one range of units; units are
+// independent, so that any thread may run any of them.
+template <typename T>
+struct ConvBlockKernels {
+  // Unit: a band of `band` pooled rows of one image.
+  void (*forward)(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+                  const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
+                  int64_t begin, int64_t end);
+  // Unit: a chunk of `chunk` images. Writes partial [units, K, kernel_h · kernel_w · C + 1], whose
+  // last column is the bias gradient.
+  void (*backward_weight)(const ConvBlockShape& s, const View4<const T>& grad_out,
+                          const View4<const T>& x, const uint8_t* winner, float* partial,
+                          int64_t band, int64_t chunk, int64_t begin, int64_t end);
+  // Unit: one image.
+  void (*backward_input)(const ConvBlockShape& s, const View4<const T>& grad_out,
+                         const float* weight, const uint8_t* winner, const View4<T>& grad_input,
+                         int64_t begin, int64_t end);
+};
+
+// What the fast kernels need: one group, a window whose places fit a few compares, offsets within
+// a band that are exact in float32.
+inline bool fast_path_serves(const ConvBlockShape& s) {
+  return s.groups == 1 && s.window() <= 16 && s.C > 0 &&
+         (s.H + 2 * s.pad_h) * (s.W + 2 * s.pad_w) * s.C < (int64_t{1} << 24);
+}
+
+namespace avx2 {
+template <typename T>
+ConvBlockKernels<T> conv_block_kernels();
+}
+namespace avx512 {
+template <typename T>
+ConvBlockKernels<T> conv_block_kernels();
+}
+
+}  // namespace fastcls::cpu

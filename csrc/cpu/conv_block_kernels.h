@@ -1,0 +1,803 @@
+// Fast kernels of the conv block over Vec. Included once per instruction set, inside its namespace
+// and target region (see vec.h).
+//
+// The inner layout is channels-innermost float: an image band is packed once to zero-padded
+// [rows, width, C], after which no kernel looks at borders, strides or dtypes. Vectors run over
+// output channels in the forward pass and over a row of taps × input channels, which is one run of
+// memory, in the backward passes.
+
+constexpr int L = Vec::kLanes;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Scratch memory, aligned to a cache line, with room for one vector read past the end.
+template <typename E>
+struct Scratch {
+  std::vector<E> memory;
+  E* data = nullptr;
+  void reserve(int64_t n) {
+    memory.resize(n + (64 + 4 * L) / sizeof(E) + 4 * L);
+    data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  }
+};
+
+// ------------------------------------------------------------------------------ 8 × 8 transposes
+
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const BFloat16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline __m256 load8(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 load8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+inline void store8(Half* p, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store8(BFloat16* p, __m256 v) {
+  float lanes[8];
+  _mm256_storeu_ps(lanes, v);
+  for (int i = 0; i < 8; ++i) p[i] = BFloat16(lanes[i]);
+}
+
+inline void transpose8(__m256 (&r)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+// dst[j · dst_stride + i] = src[i · src_stride + j] for i < rows, j < columns.
+template <typename S, typename D>
+void transpose(const S* src, int64_t src_stride, int64_t rows, int64_t columns, D* dst,
+               int64_t dst_stride) {
+  const int64_t rows8 = rows / 8 * 8, columns8 = columns / 8 * 8;
+  for (int64_t i = 0; i < rows8; i += 8)
+    for (int64_t j = 0; j < columns8; j += 8) {
+      __m256 block[8];
+      for (int e = 0; e < 8; ++e) block[e] = load8(src + (i + e) * src_stride + j);
+      transpose8(block);
+      for (int e = 0; e < 8; ++e) store8(dst + (j + e) * dst_stride + i, block[e]);
+    }
+  const auto scalar = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t j = j0; j < j1; ++j)
+        dst[j * dst_stride + i] = static_cast<D>(static_cast<float>(src[i * src_stride + j]));
+  };
+  scalar(0, rows8, columns8, columns);
+  scalar(rows8, rows, 0, columns);
+}
+
+template <typename S, typename D>
+void copy_row(const S* src, int64_t n, D* dst) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store8(dst + i, load8(src + i));
+  for (; i < n; ++i) dst[i] = static_cast<D>(static_cast<float>(src[i]));
+}
+
+// ---------------------------------------------------------------------------- packing, unpacking
+
+// Channels-innermost copy of `rows` rows of image n: dst[r · row_stride + w · pixel_stride + c].
+template <typename T>
+void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows, int64_t width,
+                 int64_t channels, float* dst, int64_t row_stride, int64_t pixel_stride) {
+  for (int64_t r = 0; r < rows; ++r, dst += row_stride) {
+    const T* src = x.at(n, 0, first + r, 0);
+    if (x.c == 1 && x.w == channels && pixel_stride == channels) {
+      copy_row(src, width * channels, dst);
+    } else if (channels == 1 && x.w == 1 && pixel_stride == 1) {
+      copy_row(src, width, dst);
+    } else if (x.c == 1) {
+      for (int64_t w = 0; w < width; ++w) copy_row(src + w * x.w, channels, dst + w * pixel_stride);
+    } else if (x.w == 1) {
+      transpose(src, x.c, channels, width, dst, pixel_stride);
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t w = 0; w < width; ++w)
+          dst[w * pixel_stride + c] = static_cast<float>(src[c * x.c + w * x.w]);
+    }
+  }
+}
+
+// Rows [first, first + rows) of the zero-padded image, counted from the top of the padding.
+template <typename T>
+void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t n, int64_t first,
+               int64_t rows, float* dst) {
+  const int64_t row_stride = (s.W + 2 * s.pad_w) * s.C;
+  const int64_t top = std::clamp<int64_t>(s.pad_h - first, 0, rows);
+  const int64_t inside = std::clamp<int64_t>(s.pad_h + s.H - first, top, rows) - top;
+  std::fill_n(dst, top * row_stride, 0.f);
+  std::fill_n(dst + (top + inside) * row_stride, (rows - top - inside) * row_stride, 0.f);
+  float* body = dst + top * row_stride;
+  if (s.pad_w > 0)
+    for (int64_t r = 0; r < inside; ++r) {
+      std::fill_n(body + r * row_stride, s.pad_w * s.C, 0.f);
+      std::fill_n(body + (r + 1) * row_stride - s.pad_w * s.C, s.pad_w * s.C, 0.f);
+    }
+  pack_pixels(x, n, first + top - s.pad_h, inside, s.W, s.C, body + s.pad_w * s.C, row_stride, s.C);
+}
+
+// The way back: src[r · row_stride + w · pixel_stride + c] → rows of image n of y, which is dense
+// in either memory format.
+template <typename T>
+void unpack_pixels(const float* src, int64_t row_stride, int64_t pixel_stride, const View4<T>& y,
+                   int64_t n, int64_t first, int64_t rows, int64_t width, int64_t channels) {
+  for (int64_t r = 0; r < rows; ++r, src += row_stride) {
+    T* dst = y.at(n, 0, first + r, 0);
+    if (y.c == 1 && pixel_stride == channels)
+      copy_row(src, width * channels, dst);
+    else if (y.c == 1)
+      for (int64_t w = 0; w < width; ++w) copy_row(src + w * pixel_stride, channels, dst + w * y.w);
+    else
+      transpose(src, pixel_stride, width, channels, dst, y.c);
+  }
+}
+
+// The input rows under pooled rows [begin, end).
+struct Band {
+  int64_t conv_begin, conv_end;  // conv-map rows
+  int64_t first, rows;           // packed input rows, counted from the top of the padding
+
+  Band(const ConvBlockShape& s, int64_t begin, int64_t end) {
+    conv_begin = std::max<int64_t>(begin * s.pool_stride_h - s.pool_pad_h, 0);
+    conv_end = std::min((end - 1) * s.pool_stride_h - s.pool_pad_h + s.pool_h, s.conv_h);
+    first = conv_begin * s.stride_h;
+    rows = (conv_end - conv_begin - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  }
+};
+
+// The taps as runs of memory: one per kernel row without horizontal dilation, else one per tap.
+struct Runs {
+  int64_t count, length;  // length in floats
+  std::vector<int64_t> offset;
+
+  explicit Runs(const ConvBlockShape& s) {
+    const int64_t row = (s.W + 2 * s.pad_w) * s.C;
+    const bool whole_rows = s.dilation_w == 1;
+    length = whole_rows ? s.kernel_w * s.C : s.C;
+    for (int64_t i = 0; i < s.kernel_h; ++i)
+      for (int64_t j = 0; j < (whole_rows ? 1 : s.kernel_w); ++j)
+        offset.push_back(i * s.dilation_h * row + j * s.dilation_w * s.C);
+    count = offset.size();
+  }
+};
+
+// -------------------------------------------------------------------------------------- forward
+
+// Register tile: kPixels conv-map positions × kVecs vectors of output channels. AVX2 has 16
+// registers: 4 · 3 sums + 3 weights + 1 broadcast = 16. AVX-512 has 32: 4 · 4 + 4 + 1 = 21.
+constexpr int kPixels = 4;
+constexpr int kMaxVecs = L == 16 ? 4 : 3;
+
+// Blocks of output channels, as equal as possible: 8 vectors are 3 + 3 + 2, not 3 + 3 + 2 ones.
+struct ChannelBlocks {
+  int64_t vecs, count;
+  explicit ChannelBlocks(int64_t K) : vecs((K + L - 1) / L), count((vecs + kMaxVecs - 1) / kMaxVecs) {}
+  int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
+};
+
+// [block][run, position in the run][block's channels]: the order in which a tile reads it.
+inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, float* packed) {
+  const int64_t row = s.kernel_h * s.kernel_w * s.C;
+  const ChannelBlocks blocks(s.K);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t k0 = blocks.begin(b) * L, k1 = blocks.begin(b + 1) * L;
+    for (int64_t e = 0; e < row; ++e)
+      for (int64_t k = k0; k < k1; ++k) *packed++ = k < s.K ? weight[k * row + e] : 0.f;
+  }
+}
+
+template <int kVecs>
+struct Tile {
+  Vec sum[kPixels][kVecs];
+};
+
+// Sums of kPixels positions, `step` floats apart within a pair and `pair` floats between pairs:
+// four in a row (pair = 2 step), or a 2 × 2 window (pair = one conv row).
+template <int kVecs>
+[[gnu::always_inline]] inline void conv_tile(const float* x, int64_t step, int64_t pair,
+                                             const Runs& runs, const float* w, const float* bias,
+                                             Tile<kVecs>& tile) {
+  Vec sum[kPixels][kVecs];
+  for (int v = 0; v < kVecs; ++v)
+    for (int p = 0; p < kPixels; ++p) sum[p][v] = Vec::load(bias + v * L);
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const float* x0 = x + runs.offset[r];
+    const float* x1 = x0 + step;
+    const float* x2 = x0 + pair;
+    const float* x3 = x2 + step;
+    for (int64_t e = 0; e < runs.length; ++e, w += kVecs * L) {
+      Vec weight[kVecs];
+      for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(w + v * L);
+      const Vec a = Vec::set(x0[e]);
+      for (int v = 0; v < kVecs; ++v) sum[0][v] = Vec::fma(a, weight[v], sum[0][v]);
+      const Vec b = Vec::set(x1[e]);
+      for (int v = 0; v < kVecs; ++v) sum[1][v] = Vec::fma(b, weight[v], sum[1][v]);
+      const Vec c = Vec::set(x2[e]);
+      for (int v = 0; v < kVecs; ++v) sum[2][v] = Vec::fma(c, weight[v], sum[2][v]);
+      const Vec d = Vec::set(x3[e]);
+      for (int v = 0; v < kVecs; ++v) sum[3][v] = Vec::fma(d, weight[v], sum[3][v]);
+    }
+  }
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVecs; ++v) tile.sum[p][v] = sum[p][v];
+}
+
+constexpr float kShutCode = 255;
+
+// PyTorch's rule: a greater value takes over, and so does every NaN.
+[[gnu::always_inline]] inline void take_greater(Vec value, float place, Vec& best, Vec& code) {
+  const Vec::Mask takes = Vec::either(Vec::greater(value, best), Vec::is_nan(value));
+  best = Vec::select(takes, value, best);
+  code = Vec::select(takes, Vec::set(place), code);
+}
+
+[[gnu::always_inline]] inline void apply_relu(Vec& best, Vec& code) {
+  const Vec::Mask open = Vec::either(Vec::greater(best, Vec::zero()), Vec::is_nan(best));
+  best = Vec::select(open, best, Vec::zero());
+  code = Vec::select(open, code, Vec::set(kShutCode));
+}
+
+// Where the results of a band go, [pixel, channel]: straight into out and winner where their rows
+// are whole vectors of float, else into scratch.
+struct Results {
+  float* value;
+  uint8_t* code;  // null: not wanted
+  int64_t value_stride, code_stride;
+};
+
+// Pool and ReLU for one block of channels, given the band's packed input.
+template <int kVecs>
+void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                 const float* bias, int64_t rows, const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, step = s.stride_w * s.C;
+  for (int64_t ph = 0; ph < rows; ++ph)
+    for (int64_t pw = 0; pw < s.out_w; ++pw) {
+      Tile<kVecs> tile;
+      conv_tile<kVecs>(x + 2 * ph * row + 2 * pw * step, step, row, runs, w, bias, tile);
+      const int64_t pixel = ph * s.out_w + pw;
+      for (int v = 0; v < kVecs; ++v) {
+        Vec best = tile.sum[0][v], code = Vec::zero();
+        for (int p = 1; p < 4; ++p) take_greater(tile.sum[p][v], p, best, code);
+        if (s.relu) apply_relu(best, code);
+        best.store(to.value + pixel * to.value_stride + v * L);
+        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+      }
+    }
+}
+
+// Conv-map row into dst [conv_w, stride]. The last tile starts further left, so that it ends with
+// the row; rows shorter than a tile read the zeros that the packed band is followed by.
+template <int kVecs, typename Epilogue>
+[[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
+                                                  const Runs& runs, const float* w,
+                                                  const float* bias, const Epilogue& epilogue) {
+  const int64_t step = s.stride_w * s.C;
+  for (int64_t cw = 0; cw < s.conv_w; cw += kPixels) {
+    const int64_t at = std::max<int64_t>(std::min(cw, s.conv_w - kPixels), 0);
+    Tile<kVecs> tile;
+    conv_tile<kVecs>(x + at * step, step, 2 * step, runs, w, bias, tile);
+    const int64_t pixels = std::min<int64_t>(kPixels, s.conv_w);
+    for (int64_t p = 0; p < pixels; ++p) epilogue(at + p, tile.sum[p]);
+  }
+}
+
+template <int kVecs>
+void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+             const float* bias, int64_t rows, const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h;
+  for (int64_t h = 0; h < rows; ++h)
+    conv_row_tiles<kVecs>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+      const int64_t pixel = h * s.conv_w + cw;
+      for (int v = 0; v < kVecs; ++v) {
+        Vec best = sum[v], code = Vec::zero();
+        if (s.relu) apply_relu(best, code);
+        best.store(to.value + pixel * to.value_stride + v * L);
+        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+      }
+    });
+}
+
+// Any window: the block's conv rows of the band go through `conv`, then the windows over it.
+template <int kVecs>
+void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
+                const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, pixel_stride = kVecs * L;
+  for (int64_t h = 0; h < band.conv_end - band.conv_begin; ++h)
+    conv_row_tiles<kVecs>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+      for (int v = 0; v < kVecs; ++v)
+        sum[v].store(conv + (h * s.conv_w + cw) * pixel_stride + v * L);
+    });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t pw = 0; pw < s.out_w; ++pw) {
+      const int64_t h0 = (begin + r) * s.pool_stride_h - s.pool_pad_h;
+      const int64_t w0 = pw * s.pool_stride_w - s.pool_pad_w;
+      const int64_t h_begin = std::max<int64_t>(h0, 0), h_end = std::min(h0 + s.pool_h, s.conv_h);
+      const int64_t w_begin = std::max<int64_t>(w0, 0), w_end = std::min(w0 + s.pool_w, s.conv_w);
+      for (int v = 0; v < kVecs; ++v) {
+        Vec best = Vec::set(-std::numeric_limits<float>::infinity());
+        Vec code = Vec::set(float((h_begin - h0) * s.pool_w + w_begin - w0));
+        for (int64_t h = h_begin; h < h_end; ++h)
+          for (int64_t cw = w_begin; cw < w_end; ++cw)
+            take_greater(Vec::load(conv + ((h - band.conv_begin) * s.conv_w + cw) * pixel_stride +
+                                   v * L),
+                         float((h - h0) * s.pool_w + cw - w0), best, code);
+        if (s.relu) apply_relu(best, code);
+        const int64_t pixel = r * s.out_w + pw;
+        best.store(to.value + pixel * to.value_stride + v * L);
+        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+      }
+    }
+}
+
+template <int kVecs>
+void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                   const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
+                   const Results& to) {
+  const bool whole_windows = s.pool_pad_h == 0 && s.pool_pad_w == 0 &&
+                             2 * s.out_h <= s.conv_h && 2 * s.out_w <= s.conv_w;
+  if (s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1)
+    no_pool<kVecs>(s, x, runs, w, bias, rows, to);
+  else if (s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
+           whole_windows)
+    windows_2x2<kVecs>(s, x, runs, w, bias, rows, to);
+  else
+    any_window<kVecs>(s, x, runs, w, bias, band, begin, rows, conv, to);
+}
+
+template <typename T>
+void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+             const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
+             int64_t end) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s.K);
+  const int64_t padded_K = blocks.vecs * L, taps = s.kernel_h * s.kernel_w * s.C;
+  const bool whole_vectors = padded_K == s.K;
+  const bool direct = whole_vectors && out.c == 1 && std::is_same_v<T, float>;
+  const int64_t bands = (s.out_h + band - 1) / band;
+  const int64_t max_rows = (std::min(band, s.out_h) - 1) * s.pool_stride_h + s.pool_h;
+
+  Scratch<float> packed_weight, packed_bias, packed, conv, values;
+  Scratch<uint8_t> codes;
+  packed_weight.reserve(padded_K * taps);
+  pack_forward_weight(s, weight, packed_weight.data);
+  packed_bias.reserve(padded_K);
+  std::copy_n(bias, s.K, packed_bias.data);
+  // A tile over a row shorter than itself reads up to 3 steps too far: zeros, whose sums are
+  // dropped.
+  const int64_t row_in = (s.W + 2 * s.pad_w) * s.C;
+  packed.reserve(((max_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) * row_in +
+                 kPixels * s.stride_w * s.C);
+  conv.reserve(max_rows * s.conv_w * kMaxVecs * L);
+  if (!direct) values.reserve(band * s.out_w * padded_K);
+  if (winner && !whole_vectors) codes.reserve(band * s.out_w * padded_K);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / bands, p0 = unit % bands * band;
+    const int64_t p1 = std::min(p0 + band, s.out_h), rows = p1 - p0;
+    const Band input(s, p0, p1);
+    pack_band(s, x, n, input.first, input.rows, packed.data);
+    uint8_t* winner_rows = winner ? winner + (n * s.out_h + p0) * s.out_w * s.K : nullptr;
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const int64_t k0 = blocks.begin(b) * L, vecs = blocks.begin(b + 1) - blocks.begin(b);
+      Results to;
+      to.value = direct ? reinterpret_cast<float*>(out.at(n, k0, p0, 0)) : values.data + k0;
+      to.code = !winner ? nullptr : whole_vectors ? winner_rows + k0 : codes.data + k0;
+      to.value_stride = padded_K, to.code_stride = padded_K;
+      const float* w = packed_weight.data + k0 * taps;
+      const auto run = [&](auto count) {
+        forward_block<decltype(count)::value>(s, packed.data, runs, w, packed_bias.data + k0,
+                                              input, p0, rows, conv.data, to);
+      };
+      if (vecs == 1) run(std::integral_constant<int, 1>{});
+      if (vecs == 2) run(std::integral_constant<int, 2>{});
+      if (vecs == 3) run(std::integral_constant<int, 3>{});
+      if constexpr (kMaxVecs > 3)
+        if (vecs == 4) run(std::integral_constant<int, 4>{});
+    }
+    if (!direct)
+      // out is dense, so the band's rows are one long row.
+      unpack_pixels(values.data, 0, padded_K, out, n, p0, 1, rows * s.out_w, s.K);
+    if (winner && !whole_vectors)
+      for (int64_t p = 0; p < rows * s.out_w; ++p)
+        std::copy_n(codes.data + p * padded_K, s.K, winner_rows + p * s.K);
+  }
+}
+
+// ----------------------------------------------------------------- backward: what both passes need
+
+// The gradient is sparse: one conv-map position per pooled output. Both passes work on rows of
+// taps × input channels held in registers, kRuns runs × kVecs vectors at a time:
+// AVX2: 12 sums + 1 broadcast of 16 registers; AVX-512: 18 of 32, a whole 3 × 3 × 32 kernel.
+constexpr int kMaxSums = L == 16 ? 18 : 12;
+constexpr int kMaxRuns = 3;
+
+// Which runs, and which vectors of each, are in registers together.
+struct Pass {
+  int64_t run, runs, vec, vecs;
+  int64_t sums() const { return runs * vecs; }
+};
+
+inline std::vector<Pass> passes_over(const Runs& runs) {
+  const int64_t vecs = (runs.length + L - 1) / L;
+  const int64_t together = std::clamp<int64_t>(kMaxSums / vecs, 1, kMaxRuns);
+  const int64_t groups = (runs.count + together - 1) / together;
+  const int64_t blocks = (vecs + kMaxSums - 1) / kMaxSums;
+  std::vector<Pass> passes;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t r0 = g * runs.count / groups, r1 = (g + 1) * runs.count / groups;
+      const int64_t v0 = b * vecs / blocks, v1 = (b + 1) * vecs / blocks;
+      passes.push_back({r0, r1 - r0, v0, v1 - v0});
+    }
+  return passes;
+}
+
+// dw += Σ_p g[p] · x[at[p] ...]
+template <int kRuns, int kVecs>
+void add_positions(const float* x, const int64_t* run, const float* g, const int32_t* at, int64_t n,
+                   float* dw) {
+  Vec sum[kRuns][kVecs];
+  for (int r = 0; r < kRuns; ++r)
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dw + (r * kVecs + v) * L);
+  for (int64_t p = 0; p < n; ++p) {
+    const Vec scale = Vec::set(g[p]);
+    for (int r = 0; r < kRuns; ++r) {
+      const float* src = x + at[p] + run[r];
+      for (int v = 0; v < kVecs; ++v)
+        sum[r][v] = Vec::fma(scale, Vec::load(src + v * L), sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kRuns; ++r)
+    for (int v = 0; v < kVecs; ++v) sum[r][v].store(dw + (r * kVecs + v) * L);
+}
+
+// dx[...] += Σ_e g[e] · w[at[e] ...]. Vectors may reach past a run: there w is zero, and stores go
+// upwards, so that the next run's own lanes are written last.
+template <int kRuns, int kVecs>
+void add_channels(float* dx, const int64_t* run, const float* w, const float* g, const int32_t* at,
+                  int64_t n) {
+  Vec sum[kRuns][kVecs];
+  for (int r = 0; r < kRuns; ++r)
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dx + run[r] + v * L);
+  for (int64_t e = 0; e < n; ++e) {
+    const Vec scale = Vec::set(g[e]);
+    const float* src = w + at[e];
+    for (int r = 0; r < kRuns; ++r)
+      for (int v = 0; v < kVecs; ++v)
+        sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
+  }
+  for (int r = 0; r < kRuns; ++r)
+    for (int v = 0; v < kVecs; ++v) sum[r][v].store(dx + run[r] + v * L);
+}
+
+using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
+                              float*);
+using AddChannels = void (*)(float*, const int64_t*, const float*, const float*, const int32_t*,
+                             int64_t);
+
+template <int kRuns, int... kVecsLessOne>
+AddPositions pick_add_positions(int64_t vecs, std::integer_sequence<int, kVecsLessOne...>) {
+  static constexpr AddPositions kTable[] = {add_positions<kRuns, kVecsLessOne + 1>...};
+  return kTable[vecs - 1];
+}
+template <int kRuns, int... kVecsLessOne>
+AddChannels pick_add_channels(int64_t vecs, std::integer_sequence<int, kVecsLessOne...>) {
+  static constexpr AddChannels kTable[] = {add_channels<kRuns, kVecsLessOne + 1>...};
+  return kTable[vecs - 1];
+}
+template <int kRuns>
+using VecCounts = std::make_integer_sequence<int, kMaxSums / kRuns>;
+
+inline AddPositions add_positions_for(const Pass& pass) {
+  if (pass.runs == 1) return pick_add_positions<1>(pass.vecs, VecCounts<1>{});
+  if (pass.runs == 2) return pick_add_positions<2>(pass.vecs, VecCounts<2>{});
+  return pick_add_positions<3>(pass.vecs, VecCounts<3>{});
+}
+inline AddChannels add_channels_for(const Pass& pass) {
+  if (pass.runs == 1) return pick_add_channels<1>(pass.vecs, VecCounts<1>{});
+  if (pass.runs == 2) return pick_add_channels<2>(pass.vecs, VecCounts<2>{});
+  return pick_add_channels<3>(pass.vecs, VecCounts<3>{});
+}
+
+// Offset in the packed image of the first tap of place `code` of a window, less that of place 0.
+inline int64_t place_offset(const ConvBlockShape& s, int64_t code) {
+  return (code / s.pool_w * s.stride_h * (s.W + 2 * s.pad_w) + code % s.pool_w * s.stride_w) * s.C;
+}
+// Offset of place 0 of pooled output (ph, pw), from packed row `first` on. Negative where pool
+// padding lies above: no winner has such a place.
+inline int64_t window_offset(const ConvBlockShape& s, int64_t ph, int64_t pw, int64_t first) {
+  const int64_t h = (ph * s.pool_stride_h - s.pool_pad_h) * s.stride_h - first;
+  return (h * (s.W + 2 * s.pad_w) + (pw * s.pool_stride_w - s.pool_pad_w) * s.stride_w) * s.C;
+}
+
+// Pooled rows whose input rows fill about half of a 32 KiB first-level cache.
+inline int64_t rows_in_l1(const ConvBlockShape& s) {
+  const int64_t row = s.pool_stride_h * s.stride_h * (s.W + 2 * s.pad_w) * s.C * 4;
+  return std::clamp<int64_t>(16384 / row, 1, s.out_h);
+}
+
+// ------------------------------------------------------------------------------ backward: weight
+
+// The gradient of a band by channel: g [K, stride] with zero where the ReLU is shut, and `at`, the
+// packed-image offset of each winner's first tap.
+struct ChannelMajor {
+  Scratch<float> g, code, base;
+  Scratch<int32_t> at;
+  int64_t stride = 0;
+
+  template <typename T>
+  void fill(const ConvBlockShape& s, const View4<const T>& grad, const uint8_t* winner, int64_t n,
+            int64_t p0, int64_t p1, int64_t first, float* grad_bias) {
+    const int64_t pixels = (p1 - p0) * s.out_w;
+    stride = round_up(pixels, L);
+    g.reserve(s.K * stride), code.reserve(s.K * stride), at.reserve(s.K * stride);
+    base.reserve(stride);
+    for (int64_t p = 0; p < pixels; ++p)
+      base.data[p] = float(window_offset(s, p0 + p / s.out_w, p % s.out_w, first));
+    if (winner)
+      transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data, stride);
+    for (int64_t r = 0; r < p1 - p0; ++r) {
+      const T* src = grad.at(n, 0, p0 + r, 0);
+      float* dst = g.data + r * s.out_w;
+      if (grad.w == 1)
+        for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, s.out_w, dst + k * stride);
+      else if (grad.c == 1)
+        transpose(src, grad.w, s.out_w, s.K, dst, stride);
+      else
+        for (int64_t k = 0; k < s.K; ++k)
+          for (int64_t w = 0; w < s.out_w; ++w)
+            dst[k * stride + w] = static_cast<float>(src[k * grad.c + w * grad.w]);
+    }
+    for (int64_t k = 0; k < s.K; ++k) grad_bias[k] += place(s, k * stride, pixels, winner != nullptr);
+  }
+
+  // Codes of one channel → offsets and masked gradients; returns the gradients' sum.
+  float place(const ConvBlockShape& s, int64_t row, int64_t pixels, bool has_code) {
+    for (int64_t p = pixels; p < stride; ++p) g.data[row + p] = 0, base.data[p] = 0;
+    Vec sum = Vec::zero();
+    for (int64_t p = 0; p < stride; p += L) {
+      Vec grad = Vec::load(g.data + row + p), offset = Vec::load(base.data + p);
+      if (has_code) {
+        const Vec c = Vec::load(code.data + row + p);
+        const Vec::Mask shut = Vec::equal(c, Vec::set(kShutCode));
+        grad = Vec::select(shut, Vec::zero(), grad);
+        Vec place = Vec::zero();
+        for (int64_t q = 1; q < s.window(); ++q)
+          place = Vec::select(Vec::equal(c, Vec::set(float(q))),
+                              Vec::set(float(place_offset(s, q))), place);
+        // A shut winner points at the window's first place inside the map.
+        if (s.pool_pad_h + s.pool_pad_w > 0)
+          place = Vec::select(shut, Vec::set(float(place_offset(
+                                        s, s.pool_pad_h * s.pool_w + s.pool_pad_w))), place);
+        offset = offset + place;
+      }
+      grad.store(g.data + row + p);
+      offset.store(at.data + row + p);
+      sum = sum + grad;
+    }
+    float lanes[L], total = 0;
+    sum.store(lanes);
+    for (float lane : lanes) total += lane;
+    return total;
+  }
+};
+
+template <typename T>
+void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
+                     const View4<const T>& x, const uint8_t* winner, float* partial, int64_t band,
+                     int64_t chunk, int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const std::vector<Pass> passes = passes_over(runs);
+  const int64_t taps = s.kernel_h * s.kernel_w * s.C, l1_rows = rows_in_l1(s);
+  int64_t sums = 0;
+  for (const Pass& pass : passes) sums += pass.sums() * L;
+  Scratch<float> packed, dw;
+  ChannelMajor grads;
+  const int64_t max_rows = (std::min(band, s.out_h) - 1) * s.pool_stride_h + s.pool_h;
+  packed.reserve(((max_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) *
+                 (s.W + 2 * s.pad_w) * s.C);
+  dw.reserve(s.K * (sums + 1));
+  float* db = dw.data + s.K * sums;
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    std::fill_n(dw.data, s.K * (sums + 1), 0.f);
+    const int64_t n1 = std::min((unit + 1) * chunk, s.N);
+    for (int64_t n = unit * chunk; n < n1; ++n)
+      for (int64_t p0 = 0; p0 < s.out_h; p0 += band) {
+        const int64_t p1 = std::min(p0 + band, s.out_h);
+        const Band input(s, p0, p1);
+        pack_band(s, x, n, input.first, input.rows, packed.data);
+        grads.fill(s, grad_out, winner, n, p0, p1, input.first, db);
+        for (int64_t row = p0; row < p1; row += l1_rows) {
+          const int64_t q0 = (row - p0) * s.out_w;
+          const int64_t count = std::min(l1_rows, p1 - row) * s.out_w;
+          float* dst = dw.data;
+          for (const Pass& pass : passes) {
+            const AddPositions add = add_positions_for(pass);
+            for (int64_t k = 0; k < s.K; ++k, dst += pass.sums() * L)
+              add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
+                  grads.g.data + k * grads.stride + q0, grads.at.data + k * grads.stride + q0,
+                  count, dst);
+          }
+        }
+      }
+    // [pass, K, runs, vectors] → [K, taps × C]
+    float* to = partial + unit * s.K * (taps + 1);
+    const float* src = dw.data;
+    for (const Pass& pass : passes)
+      for (int64_t k = 0; k < s.K; ++k)
+        for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L) {
+          const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
+          std::copy_n(src, n, to + k * (taps + 1) + (pass.run + r) * runs.length + at);
+        }
+    for (int64_t k = 0; k < s.K; ++k) to[k * (taps + 1) + taps] = db[k];
+  }
+}
+
+// ------------------------------------------------------------------------------- backward: input
+
+#if defined(FASTCLS_AVX512)
+inline void store_chosen(float* p, Vec x, unsigned bits) {
+  _mm512_mask_compressstoreu_ps(p, static_cast<__mmask16>(bits), x.v);
+}
+#else
+// Lane numbers of the set bits of a byte, packed to the front.
+struct CompressTable {
+  uint8_t lane[256][8] = {};
+  constexpr CompressTable() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int i = 0, n = 0; i < 8; ++i)
+        if (bits >> i & 1) lane[bits][n++] = static_cast<uint8_t>(i);
+  }
+};
+inline constexpr CompressTable kCompress;
+// Writes a whole vector; only the first popcount(bits) lanes mean something.
+inline void store_chosen(float* p, Vec x, unsigned bits) {
+  const __m256i order = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
+  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(x.v, order));
+}
+#endif
+
+// The open channels of a row of windows, sorted by winner: for window p and place q the entries
+// [start[p · places + q], start[p · places + q + 1]) of g and at.
+struct Buckets {
+  Scratch<float> g, at_bits;
+  std::vector<int32_t> start;
+
+  const int32_t* at() const { return reinterpret_cast<const int32_t*>(at_bits.data); }
+
+  // grad [pixels, grad_stride] and codes [pixels, code_stride] start at the block's first channel;
+  // offsets: weight offset of each channel, as the bits of a float.
+  void fill(int64_t pixels, int64_t places, int64_t channels, const float* grad,
+            int64_t grad_stride, const uint8_t* codes, int64_t code_stride, const float* offsets) {
+    g.reserve(pixels * channels + L), at_bits.reserve(pixels * channels + L);
+    start.resize(pixels * places + 1);
+    int64_t n = 0;
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t q = 0; q < places; ++q) {
+        start[p * places + q] = n;
+        for (int64_t k = 0; k < channels; k += L) {
+          const Vec value = Vec::load(grad + p * grad_stride + k);
+          unsigned bits = (1u << std::min<int64_t>(L, channels - k)) - 1;
+          bits &= ~Vec::bits(Vec::equal(value, Vec::zero()));  // dropout leaves many zeros
+          if (codes)
+            bits &= Vec::bits(Vec::equal(Vec::load(codes + p * code_stride + k), Vec::set(float(q))));
+          store_chosen(g.data + n, value, bits);
+          store_chosen(at_bits.data + n, Vec::load(offsets + k), bits);
+          n += __builtin_popcount(bits);
+        }
+      }
+    start[pixels * places] = n;
+  }
+};
+
+// Channels whose weights of one pass, kMaxSums vectors each, fill three quarters of a 32 KiB
+// first-level cache.
+constexpr int64_t kInputBlock = 24576 / (kMaxSums * L * 4) / L * L;
+
+// [channel block][pass][channel][runs, vectors], zero past each run.
+inline void pack_backward_weight(const ConvBlockShape& s, const Runs& runs,
+                                 const std::vector<Pass>& passes, const float* weight,
+                                 float* packed) {
+  const int64_t taps = s.kernel_h * s.kernel_w * s.C;
+  for (int64_t k0 = 0; k0 < s.K; k0 += kInputBlock)
+    for (const Pass& pass : passes)
+      for (int64_t k = k0; k < std::min(k0 + kInputBlock, s.K); ++k)
+        for (int64_t r = 0; r < pass.runs; ++r, packed += pass.vecs * L) {
+          const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
+          std::fill_n(packed, pass.vecs * L, 0.f);
+          std::copy_n(weight + k * taps + (pass.run + r) * runs.length + at, n, packed);
+        }
+}
+
+template <typename T>
+void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, const float* weight,
+                    const uint8_t* winner, const View4<T>& grad_input, int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const std::vector<Pass> passes = passes_over(runs);
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C, height = s.H + 2 * s.pad_h;
+  const int64_t padded_K = round_up(s.K, L), places = winner ? s.window() : 1;
+  const int64_t l1_rows = rows_in_l1(s);
+  int64_t sums = 0;
+  for (const Pass& pass : passes) sums += pass.sums() * L;
+
+  Scratch<float> packed_weight, dx, grad, offsets;
+  Scratch<uint8_t> codes;
+  Buckets buckets;
+  packed_weight.reserve(s.K * sums);
+  pack_backward_weight(s, runs, passes, weight, packed_weight.data);
+  dx.reserve(height * row);
+  grad.reserve(l1_rows * s.out_w * padded_K);
+  codes.reserve(l1_rows * s.out_w * padded_K);
+  offsets.reserve(kInputBlock);
+  std::vector<int64_t> place(places);
+  for (int64_t q = 0; q < places; ++q) place[q] = place_offset(s, q);
+
+  for (int64_t n = begin; n < end; ++n) {
+    std::fill_n(dx.data, height * row, 0.f);
+    for (int64_t p0 = 0; p0 < s.out_h; p0 += l1_rows) {
+      const int64_t rows = std::min(l1_rows, s.out_h - p0), pixels = rows * s.out_w;
+      pack_pixels(grad_out, n, p0, rows, s.out_w, s.K, grad.data, s.out_w * padded_K, padded_K);
+      if (winner)
+        for (int64_t p = 0; p < pixels; ++p)
+          std::copy_n(winner + ((n * s.out_h + p0) * s.out_w + p) * s.K, s.K,
+                      codes.data + p * padded_K);
+      const float* w = packed_weight.data;
+      for (int64_t k0 = 0; k0 < s.K; k0 += kInputBlock) {
+        const int64_t channels = std::min(kInputBlock, s.K - k0);
+        for (const Pass& pass : passes) {
+          // Entries hold the channel's weight offset in this pass.
+          const int64_t stride = pass.sums() * L;
+          for (int64_t k = 0; k < channels; ++k) {
+            const int32_t at = static_cast<int32_t>(k * stride);
+            std::memcpy(offsets.data + k, &at, sizeof at);
+          }
+          if (&pass == &passes.front() || stride != (&pass - 1)->sums() * L)
+            buckets.fill(pixels, places, channels, grad.data + k0, padded_K,
+                         winner ? codes.data + k0 : nullptr, padded_K, offsets.data);
+          const AddChannels add = add_channels_for(pass);
+          for (int64_t p = 0; p < pixels; ++p) {
+            float* window = dx.data + pass.vec * L +
+                            window_offset(s, p0 + p / s.out_w, p % s.out_w, 0);
+            const int32_t* start = buckets.start.data() + p * places;
+            for (int64_t q = 0; q < places; ++q)
+              if (start[q + 1] > start[q])
+                add(window + place[q], runs.offset.data() + pass.run, w,
+                    buckets.g.data + start[q], buckets.at() + start[q], start[q + 1] - start[q]);
+          }
+          w += channels * stride;
+        }
+      }
+    }
+    unpack_pixels(dx.data + s.pad_h * row + s.pad_w * s.C, row, s.C, grad_input, n, 0, s.H, s.W,
+                  s.C);
+  }
+}
+
+template <typename T>
+ConvBlockKernels<T> conv_block_kernels() {
+  return {forward<T>, backward_weight<T>, backward_input<T>};
+}
+template ConvBlockKernels<float> conv_block_kernels<float>();
+template ConvBlockKernels<BFloat16> conv_block_kernels<BFloat16>();
+template ConvBlockKernels<Half> conv_block_kernels<Half>();
