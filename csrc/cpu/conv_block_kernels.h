@@ -470,17 +470,17 @@ void add_positions(const float* x, const int64_t* run, const float* g, const int
     for (int v = 0; v < kVecs; ++v) sum[r][v].store(dw + (r * kVecs + v) * L);
 }
 
-// dx[...] += Σ_e g[e] · w[at[e] ...]. Vectors may reach past a run: there w is zero, and stores go
+// dx[...] += Σ_e g[e] · w[channel[e]]. Vectors may reach past a run: there w is zero, and stores go
 // upwards, so that the next run's own lanes are written last.
 template <int kRuns, int kVecs>
-void add_channels(float* dx, const int64_t* run, const float* w, const float* g, const int32_t* at,
-                  int64_t n) {
+void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
+                  const uint8_t* channel, int64_t n) {
   Vec sum[kRuns][kVecs];
   for (int r = 0; r < kRuns; ++r)
     for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dx + run[r] + v * L);
   for (int64_t e = 0; e < n; ++e) {
     const Vec scale = Vec::set(g[e]);
-    const float* src = w + at[e];
+    const float* src = w + channel[e] * (kRuns * kVecs * L);
     for (int r = 0; r < kRuns; ++r)
       for (int v = 0; v < kVecs; ++v)
         sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
@@ -491,7 +491,7 @@ void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
 
 using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
                               float*);
-using AddChannels = void (*)(float*, const int64_t*, const float*, const float*, const int32_t*,
+using AddChannels = void (*)(float*, const int64_t*, const float*, const float*, const uint8_t*,
                              int64_t);
 
 template <int kRuns, int... kVecsLessOne>
@@ -537,27 +537,34 @@ inline int64_t rows_in_l1(const ConvBlockShape& s) {
 
 // ------------------------------------------------------------------------------ backward: weight
 
-// The gradient of a band by channel: g [K, stride] with zero where the ReLU is shut, and `at`, the
-// packed-image offset of each winner's first tap.
+// The gradient of a group of bands by channel: g [K, stride] with zero where the ReLU is shut, and
+// `at`, the packed offset of each winner's first tap.
 struct ChannelMajor {
   Scratch<float> g, code, base;
   Scratch<int32_t> at;
   int64_t stride = 0;
 
+  void reserve(int64_t channels, int64_t pixels) {
+    stride = round_up(pixels, L);
+    g.reserve(channels * stride), code.reserve(channels * stride), at.reserve(channels * stride);
+    base.reserve(stride);
+  }
+
+  // Pooled rows [p0, p1) of image n as columns from `column` on. Their packed rows begin at
+  // `packed` and are those from `first` on.
   template <typename T>
   void fill(const ConvBlockShape& s, const View4<const T>& grad, const uint8_t* winner, int64_t n,
-            int64_t p0, int64_t p1, int64_t first, float* grad_bias) {
+            int64_t p0, int64_t p1, int64_t first, int64_t column, int64_t packed) {
     const int64_t pixels = (p1 - p0) * s.out_w;
-    stride = round_up(pixels, L);
-    g.reserve(s.K * stride), code.reserve(s.K * stride), at.reserve(s.K * stride);
-    base.reserve(stride);
     for (int64_t p = 0; p < pixels; ++p)
-      base.data[p] = float(window_offset(s, p0 + p / s.out_w, p % s.out_w, first));
+      base.data[column + p] =
+          float(packed + window_offset(s, p0 + p / s.out_w, p % s.out_w, first));
     if (winner)
-      transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data, stride);
+      transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data + column,
+                stride);
     for (int64_t r = 0; r < p1 - p0; ++r) {
       const T* src = grad.at(n, 0, p0 + r, 0);
-      float* dst = g.data + r * s.out_w;
+      float* dst = g.data + column + r * s.out_w;
       if (grad.w == 1)
         for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, s.out_w, dst + k * stride);
       else if (grad.c == 1)
@@ -567,32 +574,30 @@ struct ChannelMajor {
           for (int64_t w = 0; w < s.out_w; ++w)
             dst[k * stride + w] = static_cast<float>(src[k * grad.c + w * grad.w]);
     }
-    for (int64_t k = 0; k < s.K; ++k) grad_bias[k] += place(s, k * stride, pixels, winner != nullptr);
   }
 
-  // Codes of one channel → offsets and masked gradients; returns the gradients' sum.
-  float place(const ConvBlockShape& s, int64_t row, int64_t pixels, bool has_code) {
-    for (int64_t p = pixels; p < stride; ++p) g.data[row + p] = 0, base.data[p] = 0;
+  // Codes of channel k → offsets and masked gradients, `pixels` of them; returns the gradients' sum.
+  float place(const ConvBlockShape& s, int64_t k, int64_t pixels, bool has_code) {
+    float* grad = g.data + k * stride;
+    for (int64_t p = pixels; p < round_up(pixels, L); ++p) grad[p] = 0, base.data[p] = 0;
+    // A shut winner points at the window's first place inside the map.
+    const Vec shut_place = Vec::set(float(place_offset(s, s.pool_pad_h * s.pool_w + s.pool_pad_w)));
     Vec sum = Vec::zero();
-    for (int64_t p = 0; p < stride; p += L) {
-      Vec grad = Vec::load(g.data + row + p), offset = Vec::load(base.data + p);
+    for (int64_t p = 0; p < pixels; p += L) {
+      Vec value = Vec::load(grad + p), offset = Vec::load(base.data + p);
       if (has_code) {
-        const Vec c = Vec::load(code.data + row + p);
+        const Vec c = Vec::load(code.data + k * stride + p);
         const Vec::Mask shut = Vec::equal(c, Vec::set(kShutCode));
-        grad = Vec::select(shut, Vec::zero(), grad);
-        Vec place = Vec::zero();
+        value = Vec::select(shut, Vec::zero(), value);
+        Vec place = Vec::select(shut, shut_place, Vec::zero());
         for (int64_t q = 1; q < s.window(); ++q)
           place = Vec::select(Vec::equal(c, Vec::set(float(q))),
                               Vec::set(float(place_offset(s, q))), place);
-        // A shut winner points at the window's first place inside the map.
-        if (s.pool_pad_h + s.pool_pad_w > 0)
-          place = Vec::select(shut, Vec::set(float(place_offset(
-                                        s, s.pool_pad_h * s.pool_w + s.pool_pad_w))), place);
         offset = offset + place;
       }
-      grad.store(g.data + row + p);
-      offset.store(at.data + row + p);
-      sum = sum + grad;
+      value.store(grad + p);
+      offset.store(at.data + k * stride + p);
+      sum = sum + value;
     }
     float lanes[L], total = 0;
     sum.store(lanes);
@@ -600,6 +605,11 @@ struct ChannelMajor {
     return total;
   }
 };
+
+// Packed floats of a group of bands: half of a small second-level cache.
+constexpr int64_t kGroupFloats = 65536;
+// Floats of dW that stay in the first-level cache while a group's images go by.
+constexpr int64_t kWeightBlockFloats = 3072;
 
 template <typename T>
 void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
@@ -610,56 +620,68 @@ void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
   const int64_t taps = s.kernel_h * s.kernel_w * s.C, l1_rows = rows_in_l1(s);
   int64_t sums = 0;
   for (const Pass& pass : passes) sums += pass.sums() * L;
+  const int64_t k_block = std::clamp<int64_t>(kWeightBlockFloats / sums, 1, s.K);
+
+  // A group is one band of one image, or several images that are one band each.
+  const int64_t bands = (s.out_h + band - 1) / band, rows = std::min(band, s.out_h);
+  const int64_t packed_size = (((rows - 1) * s.pool_stride_h + s.pool_h - 1) * s.stride_h +
+                               (s.kernel_h - 1) * s.dilation_h + 1) * (s.W + 2 * s.pad_w) * s.C;
+  const int64_t group =
+      bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, std::min(chunk, s.N));
   Scratch<float> packed, dw;
   ChannelMajor grads;
-  const int64_t max_rows = (std::min(band, s.out_h) - 1) * s.pool_stride_h + s.pool_h;
-  packed.reserve(((max_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) *
-                 (s.W + 2 * s.pad_w) * s.C);
+  packed.reserve(group * packed_size);
+  grads.reserve(s.K, group * rows * s.out_w);
   dw.reserve(s.K * (sums + 1));
   float* db = dw.data + s.K * sums;
 
   for (int64_t unit = begin; unit < end; ++unit) {
     std::fill_n(dw.data, s.K * (sums + 1), 0.f);
-    const int64_t n1 = std::min((unit + 1) * chunk, s.N);
-    for (int64_t n = unit * chunk; n < n1; ++n)
+    const int64_t n_end = std::min((unit + 1) * chunk, s.N);
+    for (int64_t n0 = unit * chunk; n0 < n_end; n0 += group)
       for (int64_t p0 = 0; p0 < s.out_h; p0 += band) {
-        const int64_t p1 = std::min(p0 + band, s.out_h);
+        const int64_t p1 = std::min(p0 + band, s.out_h), pixels = (p1 - p0) * s.out_w;
+        const int64_t images = std::min(group, n_end - n0);
         const Band input(s, p0, p1);
-        pack_band(s, x, n, input.first, input.rows, packed.data);
-        grads.fill(s, grad_out, winner, n, p0, p1, input.first, db);
-        for (int64_t row = p0; row < p1; row += l1_rows) {
-          const int64_t q0 = (row - p0) * s.out_w;
-          const int64_t count = std::min(l1_rows, p1 - row) * s.out_w;
-          float* dst = dw.data;
-          for (const Pass& pass : passes) {
-            const AddPositions add = add_positions_for(pass);
-            for (int64_t k = 0; k < s.K; ++k, dst += pass.sums() * L)
-              add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
-                  grads.g.data + k * grads.stride + q0, grads.at.data + k * grads.stride + q0,
-                  count, dst);
-          }
+        for (int64_t i = 0; i < images; ++i) {
+          pack_band(s, x, n0 + i, input.first, input.rows, packed.data + i * packed_size);
+          grads.fill(s, grad_out, winner, n0 + i, p0, p1, input.first, i * pixels, i * packed_size);
+        }
+        for (int64_t k = 0; k < s.K; ++k)
+          db[k] += grads.place(s, k, images * pixels, winner != nullptr);
+        for (int64_t k0 = 0; k0 < s.K; k0 += k_block) {
+          const int64_t k1 = std::min(k0 + k_block, s.K);
+          for (int64_t i = 0; i < images; ++i)
+            for (int64_t row = 0; row < p1 - p0; row += l1_rows) {
+              const int64_t at = i * pixels + row * s.out_w;
+              const int64_t count = std::min(l1_rows, p1 - p0 - row) * s.out_w;
+              float* dst = dw.data + k0 * sums;
+              for (const Pass& pass : passes) {
+                const AddPositions add = add_positions_for(pass);
+                for (int64_t k = k0; k < k1; ++k, dst += pass.sums() * L)
+                  add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
+                      grads.g.data + k * grads.stride + at, grads.at.data + k * grads.stride + at,
+                      count, dst);
+              }
+            }
         }
       }
-    // [pass, K, runs, vectors] → [K, taps × C]
+    // [channel block][pass][channel][runs, vectors] → [K, taps × C | bias]
     float* to = partial + unit * s.K * (taps + 1);
     const float* src = dw.data;
-    for (const Pass& pass : passes)
-      for (int64_t k = 0; k < s.K; ++k)
-        for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L) {
-          const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
-          std::copy_n(src, n, to + k * (taps + 1) + (pass.run + r) * runs.length + at);
-        }
+    for (int64_t k0 = 0; k0 < s.K; k0 += k_block)
+      for (const Pass& pass : passes)
+        for (int64_t k = k0; k < std::min(k0 + k_block, s.K); ++k)
+          for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L) {
+            const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
+            std::copy_n(src, n, to + k * (taps + 1) + (pass.run + r) * runs.length + at);
+          }
     for (int64_t k = 0; k < s.K; ++k) to[k * (taps + 1) + taps] = db[k];
   }
 }
 
 // ------------------------------------------------------------------------------- backward: input
 
-#if defined(FASTCLS_AVX512)
-inline void store_chosen(float* p, Vec x, unsigned bits) {
-  _mm512_mask_compressstoreu_ps(p, static_cast<__mmask16>(bits), x.v);
-}
-#else
 // Lane numbers of the set bits of a byte, packed to the front.
 struct CompressTable {
   uint8_t lane[256][8] = {};
@@ -670,44 +692,56 @@ struct CompressTable {
   }
 };
 inline constexpr CompressTable kCompress;
-// Writes a whole vector; only the first popcount(bits) lanes mean something.
-inline void store_chosen(float* p, Vec x, unsigned bits) {
-  const __m256i order = _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
-  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(x.v, order));
-}
+
+// The lanes of x whose bit is set go to g, their numbers (from `first` on) to channel; returns how
+// many. Writes a whole vector; what lies behind the chosen ones means nothing.
+[[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, uint8_t first, float* g,
+                                                   uint8_t* channel) {
+  for (int half = 0; half < L; half += 8) {
+    const __m128i lanes = _mm_loadl_epi64(
+        reinterpret_cast<const __m128i*>(kCompress.lane[bits >> half & 255]));
+    const int64_t n = half == 0 ? 0 : __builtin_popcount(bits & 255);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(channel + n),
+                     _mm_add_epi8(lanes, _mm_set1_epi8(static_cast<char>(first + half))));
+#if defined(FASTCLS_AVX512)
+    if (half == 0) _mm512_mask_compressstoreu_ps(g, static_cast<__mmask16>(bits), x.v);
+#else
+    _mm256_storeu_ps(g, _mm256_permutevar8x32_ps(x.v, _mm256_cvtepu8_epi32(lanes)));
 #endif
+  }
+  return __builtin_popcount(bits);
+}
 
-// The open channels of a row of windows, sorted by winner: for window p and place q the entries
-// [start[p · places + q], start[p · places + q + 1]) of g and at.
+// The open channels of some windows, by winner: window p and place q have `count` entries of g and
+// channel from (p · places + q) · capacity on.
 struct Buckets {
-  Scratch<float> g, at_bits;
-  std::vector<int32_t> start;
+  Scratch<float> g;
+  Scratch<uint8_t> channel;
+  std::vector<int32_t> count;
+  int64_t capacity = 0;
 
-  const int32_t* at() const { return reinterpret_cast<const int32_t*>(at_bits.data); }
-
-  // grad [pixels, grad_stride] and codes [pixels, code_stride] start at the block's first channel;
-  // offsets: weight offset of each channel, as the bits of a float.
+  // grad and codes [pixels, stride] start at the block's first channel.
   void fill(int64_t pixels, int64_t places, int64_t channels, const float* grad,
-            int64_t grad_stride, const uint8_t* codes, int64_t code_stride, const float* offsets) {
-    g.reserve(pixels * channels + L), at_bits.reserve(pixels * channels + L);
-    start.resize(pixels * places + 1);
-    int64_t n = 0;
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t q = 0; q < places; ++q) {
-        start[p * places + q] = n;
-        for (int64_t k = 0; k < channels; k += L) {
-          const Vec value = Vec::load(grad + p * grad_stride + k);
-          unsigned bits = (1u << std::min<int64_t>(L, channels - k)) - 1;
-          bits &= ~Vec::bits(Vec::equal(value, Vec::zero()));  // dropout leaves many zeros
-          if (codes)
-            bits &= Vec::bits(Vec::equal(Vec::load(codes + p * code_stride + k), Vec::set(float(q))));
-          store_chosen(g.data + n, value, bits);
-          store_chosen(at_bits.data + n, Vec::load(offsets + k), bits);
-          n += __builtin_popcount(bits);
+            const uint8_t* codes, int64_t stride) {
+    capacity = round_up(channels, L);
+    g.reserve(pixels * places * capacity + L), channel.reserve(pixels * places * capacity + L);
+    count.assign(pixels * places, 0);
+    for (int64_t p = 0; p < pixels; ++p) {
+      int32_t* n = count.data() + p * places;
+      float* to = g.data + p * places * capacity;
+      uint8_t* to_channel = channel.data + p * places * capacity;
+      for (int64_t k = 0; k < channels; k += L) {
+        const Vec value = Vec::load(grad + p * stride + k);
+        unsigned open = (1u << std::min<int64_t>(L, channels - k)) - 1;
+        open &= ~Vec::bits(Vec::equal(value, Vec::zero()));  // dropout leaves many zeros
+        const Vec code = codes ? Vec::load(codes + p * stride + k) : Vec::zero();
+        for (int64_t q = 0; q < places; ++q) {
+          const unsigned bits = open & Vec::bits(Vec::equal(code, Vec::set(float(q))));
+          n[q] += store_chosen(value, bits, k, to + q * capacity + n[q],
+                               to_channel + q * capacity + n[q]);
         }
       }
-    start[pixels * places] = n;
+    }
   }
 };
 
@@ -741,7 +775,7 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
   int64_t sums = 0;
   for (const Pass& pass : passes) sums += pass.sums() * L;
 
-  Scratch<float> packed_weight, dx, grad, offsets;
+  Scratch<float> packed_weight, dx, grad;
   Scratch<uint8_t> codes;
   Buckets buckets;
   packed_weight.reserve(s.K * sums);
@@ -749,7 +783,6 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
   dx.reserve(height * row);
   grad.reserve(l1_rows * s.out_w * padded_K);
   codes.reserve(l1_rows * s.out_w * padded_K);
-  offsets.reserve(kInputBlock);
   std::vector<int64_t> place(places);
   for (int64_t q = 0; q < places; ++q) place[q] = place_offset(s, q);
 
@@ -765,27 +798,21 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
       const float* w = packed_weight.data;
       for (int64_t k0 = 0; k0 < s.K; k0 += kInputBlock) {
         const int64_t channels = std::min(kInputBlock, s.K - k0);
+        buckets.fill(pixels, places, channels, grad.data + k0, winner ? codes.data + k0 : nullptr,
+                     padded_K);
         for (const Pass& pass : passes) {
-          // Entries hold the channel's weight offset in this pass.
-          const int64_t stride = pass.sums() * L;
-          for (int64_t k = 0; k < channels; ++k) {
-            const int32_t at = static_cast<int32_t>(k * stride);
-            std::memcpy(offsets.data + k, &at, sizeof at);
-          }
-          if (&pass == &passes.front() || stride != (&pass - 1)->sums() * L)
-            buckets.fill(pixels, places, channels, grad.data + k0, padded_K,
-                         winner ? codes.data + k0 : nullptr, padded_K, offsets.data);
           const AddChannels add = add_channels_for(pass);
           for (int64_t p = 0; p < pixels; ++p) {
             float* window = dx.data + pass.vec * L +
                             window_offset(s, p0 + p / s.out_w, p % s.out_w, 0);
-            const int32_t* start = buckets.start.data() + p * places;
-            for (int64_t q = 0; q < places; ++q)
-              if (start[q + 1] > start[q])
-                add(window + place[q], runs.offset.data() + pass.run, w,
-                    buckets.g.data + start[q], buckets.at() + start[q], start[q + 1] - start[q]);
+            for (int64_t q = 0; q < places; ++q) {
+              const int64_t bucket = p * places + q, at = bucket * buckets.capacity;
+              if (buckets.count[bucket] > 0)
+                add(window + place[q], runs.offset.data() + pass.run, w, buckets.g.data + at,
+                    buckets.channel.data + at, buckets.count[bucket]);
+            }
           }
-          w += channels * stride;
+          w += channels * pass.sums() * L;
         }
       }
     }

@@ -1,0 +1,113 @@
+"""The command line: what it prints, writes and returns, and its one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastcls.cli import main, pick_device
+from fastcls.errors import UserError, import_extra
+
+
+def error_of(capsys, *arguments):
+    """The error line of a command that must fail."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastcls: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_trains_and_tells(tmp_path, capsys):
+    for extra in ("matplotlib", "sklearn", "tqdm"):
+        pytest.importorskip(extra)
+    out = tmp_path / "run"
+    options = ["--epochs", "2", "--batch-size", "256", "--lr", "0.002", "--seed", "4"]
+    command = ["train", "digits", "--out", str(out), "--device", "cpu", "--layers", "native"]
+    assert main(command + options) == 0
+    printed = capsys.readouterr()
+    assert "epoch  train loss  train accuracy  test loss  test accuracy" in printed.out
+    assert "of 360" in printed.out
+    assert str(out) in printed.out
+    assert printed.err == ""  # nobody watches, so there is no progress bar
+    config = json.loads((out / "config.json").read_text())
+    assert [config[k] for k in ("epochs", "batch_size", "lr", "seed")] == [2, 256, 0.002, 4]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+
+    assert "already holds a run" in error_of(capsys, *command)
+    assert main([*command, "--resume", "--epochs", "3"]) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_unknown_recipe_lists_all(capsys):
+    assert "cifar-cnn, digits, mnist-cnn" in error_of(capsys, "train", "imagenet")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train"], "RECIPE"),
+        (["tarin"], "tarin"),
+        (["train", "digits", "--epochs", "many"], "--epochs"),
+        (["train", "digits", "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "digits", "--layers", "fussed"], "fussed"),
+        (["train", "digits", "--threads", "0"], "--threads must be at least 1"),
+        (["train", "digits", "--resume"], "--resume needs --out"),
+        (["train", "digits", "--device", "tpu"], "--device must be"),
+        (["train", "digits", "--device", "cuda:99"], "CUDA device"),
+    ],
+)
+def test_mistakes_take_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, *arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_data_takes_one_line(capsys, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def no_network(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.MNIST, "download", no_network)
+    out = tmp_path / "run"
+    arguments = ["train", "mnist-cnn", "--data", str(tmp_path / "data"), "--out", str(out)]
+    assert "Two ways to get it" in error_of(capsys, *arguments)
+    assert not out.exists()
+
+
+def test_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "run")
+    assert "file" in error_of(capsys, "train", "digits", "--layers", "native", "--out", out)
+
+
+def test_missing_extra_names_the_command():
+    with pytest.raises(UserError, match=r"no_such_extra .* pip install 'fastcls\[train\]'"):
+        import_extra("no_such_extra.part")
+
+
+def test_auto_device_is_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device("auto", "fused") == "cpu"
+    with pytest.raises(UserError, match="torch finds 0 CUDA device"):
+        pick_device("cuda", "fused")
+
+
+def test_no_fused_layers_on_cuda_without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("fastcls.cli.build_info", lambda: {"cuda_kernels": "not built"})
+    assert pick_device("auto", "fused") == "cpu"
+    assert pick_device("auto", "native") == "cuda"
+    with pytest.raises(UserError, match="the CUDA kernels are not built"):
+        pick_device("cuda", "fused")
+
+
+def test_info_as_a_module():
+    command = [sys.executable, "-m", "fastcls", "info"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines() if " " in line)
+    assert lines["torch"].strip() == torch.__version__
+    assert "cpu_isa" in lines and "cuda_archs" in lines
