@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -70,19 +71,20 @@ void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShap
   });
 }
 
-// Partial sums of up to 32 chunks of images, at most 64 MiB, added up in order: the result depends
-// on the shape alone, not on the number of threads.
+// The sum over images goes by chunks, whose partial sums are then added up in order: the result
+// depends on the shape alone, not on the number of threads. At least 8 chunks to share out among
+// threads, up to 32 as long as their sums stay within 2 MiB, so that they come from the cache.
 template <typename T, typename W>
 void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                           const View4<const T>& grad_out, const View4<const T>& x,
                           const uint8_t* winner, const View4<W>& grad_weight, W* grad_bias) {
-  const int64_t row = s.kernel_h * s.kernel_w * s.C + 1, size = s.K * row;
-  const int64_t most = std::clamp<int64_t>((int64_t{1} << 24) / size, 1, 32);
+  const int64_t taps = s.kernel_h * s.kernel_w, row = taps * s.C + 1, size = s.K * row;
+  const int64_t most = std::clamp<int64_t>((int64_t{1} << 19) / size, 8, 32);
   const int64_t chunk = std::max<int64_t>((s.N + most - 1) / most, 1);
   const int64_t units = (s.N + chunk - 1) / chunk;
-  std::vector<float> partial(units * size);
+  const std::unique_ptr<float[]> partial(new float[units * size]);
   parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_weight(s, grad_out, x, winner, partial.data(), band_rows(s), chunk, begin, end);
+    kernels.backward_weight(s, grad_out, x, winner, partial.get(), band_rows(s), chunk, begin, end);
   });
   parallel_for(0, s.K, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(row);
@@ -91,9 +93,10 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
       for (int64_t u = 0; u < units; ++u)
         for (int64_t e = 0; e < row; ++e) sum[e] += partial[(u * s.K + k) * row + e];
       if (grad_weight.data)
-        for (int64_t e = 0; e < row - 1; ++e)
-          *grad_weight.at(k, e % s.C, e / s.C / s.kernel_w, e / s.C % s.kernel_w) =
-              static_cast<W>(sum[e]);
+        for (int64_t t = 0; t < taps; ++t)
+          for (int64_t c = 0; c < s.C; ++c)
+            *grad_weight.at(k, c, t / s.kernel_w, t % s.kernel_w) =
+                static_cast<W>(sum[t * s.C + c]);
       if (grad_bias) grad_bias[k] = static_cast<W>(sum[row - 1]);
     }
   });

@@ -260,8 +260,34 @@ constexpr float kShutCode = 255;
 struct Results {
   float* value;
   uint8_t* code;  // null: not wanted
-  int64_t value_stride, code_stride;
+  int64_t stride;
+
+  [[gnu::always_inline]] void store(int64_t pixel, int vec, Vec best, Vec place) const {
+    best.store(value + pixel * stride + vec * L);
+    if (code) place.store(code + pixel * stride + vec * L);
+  }
 };
+
+// Pool and ReLU of a whole 2 × 2 window.
+[[gnu::always_inline]] inline void store_window(const ConvBlockShape& s, const Vec (&y)[4],
+                                                const Results& to, int64_t pixel, int vec) {
+  Vec best = y[0], code = Vec::zero();
+  for (int p = 1; p < 4; ++p) take_greater(y[p], p, best, code);
+  if (s.relu) apply_relu(best, code);
+  to.store(pixel, vec, best, code);
+}
+
+inline bool windows_are_2x2(const ConvBlockShape& s) {
+  return s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
+         s.pool_pad_h == 0 && s.pool_pad_w == 0 && 2 * s.out_h <= s.conv_h &&
+         2 * s.out_w <= s.conv_w;
+}
+inline bool has_no_pool(const ConvBlockShape& s) {
+  return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
+}
+inline bool needs_conv_rows(const ConvBlockShape& s) {
+  return !windows_are_2x2(s) && !has_no_pool(s);
+}
 
 // Pool and ReLU for one block of channels, given the band's packed input.
 template <int kVecs>
@@ -274,11 +300,8 @@ void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, cons
       conv_tile<kVecs>(x + 2 * ph * row + 2 * pw * step, step, row, runs, w, bias, tile);
       const int64_t pixel = ph * s.out_w + pw;
       for (int v = 0; v < kVecs; ++v) {
-        Vec best = tile.sum[0][v], code = Vec::zero();
-        for (int p = 1; p < 4; ++p) take_greater(tile.sum[p][v], p, best, code);
-        if (s.relu) apply_relu(best, code);
-        best.store(to.value + pixel * to.value_stride + v * L);
-        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+        const Vec y[4] = {tile.sum[0][v], tile.sum[1][v], tile.sum[2][v], tile.sum[3][v]};
+        store_window(s, y, to, pixel, v);
       }
     }
 }
@@ -309,8 +332,7 @@ void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const fl
       for (int v = 0; v < kVecs; ++v) {
         Vec best = sum[v], code = Vec::zero();
         if (s.relu) apply_relu(best, code);
-        best.store(to.value + pixel * to.value_stride + v * L);
-        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+        to.store(pixel, v, best, code);
       }
     });
 }
@@ -342,8 +364,7 @@ void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const
                          float((h - h0) * s.pool_w + cw - w0), best, code);
         if (s.relu) apply_relu(best, code);
         const int64_t pixel = r * s.out_w + pw;
-        best.store(to.value + pixel * to.value_stride + v * L);
-        if (to.code) code.store(to.code + pixel * to.code_stride + v * L);
+        to.store(pixel, v, best, code);
       }
     }
 }
@@ -352,73 +373,328 @@ template <int kVecs>
 void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
                    const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                    const Results& to) {
-  const bool whole_windows = s.pool_pad_h == 0 && s.pool_pad_w == 0 &&
-                             2 * s.out_h <= s.conv_h && 2 * s.out_w <= s.conv_w;
-  if (s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1)
+  if (has_no_pool(s))
     no_pool<kVecs>(s, x, runs, w, bias, rows, to);
-  else if (s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
-           whole_windows)
+  else if (windows_are_2x2(s))
     windows_2x2<kVecs>(s, x, runs, w, bias, rows, to);
   else
     any_window<kVecs>(s, x, runs, w, bias, band, begin, rows, conv, to);
+}
+
+// ----------------------------------------------------------------------------- forward: Winograd
+
+// F(2 × 2, 3 × 3): a 4 × 4 input patch gives a 2 × 2 output tile, which is the pool window, with 16
+// products per pair of channels where the direct sum has 36. With d the patch and g the kernel:
+//
+//   output = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A        (Lavin and Gray, arXiv:1509.09308)
+//
+//        1  0 -1  0          1   0   0
+//   Bᵀ = 0  1  1  0     G =  ½   ½   ½     Aᵀ = 1  1  1  0
+//        0 -1  1  0          ½  -½   ½          0  1 -1 -1
+//        0  1  0 -1          0   0   1
+//
+// Output row 0 sees patch rows 0 … 2 and row 1 sees 1 … 3, as in the direct sum, so that a NaN
+// reaches the same outputs. An infinity would become NaN: a tile with a result that is not finite
+// is done again directly.
+
+// Where it pays: at least 16 input channels to spread the transforms over, in whole vectors.
+inline bool winograd_serves(const ConvBlockShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && windows_are_2x2(s) && s.C % L == 0 &&
+         s.C >= 16 && s.K >= 16;
+}
+
+constexpr int kPositions = 16;
+
+// U [block][position][c][block's channels], in double before rounding to float.
+inline void pack_winograd_weight(const ConvBlockShape& s, const float* weight, float* packed) {
+  const ChannelBlocks blocks(s.K);
+  const auto transform = [](const double* g, int64_t step, double (&u)[4]) {
+    u[0] = g[0], u[3] = g[2 * step];
+    u[1] = (g[0] + g[step] + g[2 * step]) / 2, u[2] = (g[0] - g[step] + g[2 * step]) / 2;
+  };
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t k0 = blocks.begin(b) * L, width = blocks.begin(b + 1) * L - k0;
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t k = 0; k < width; ++k) {
+        double g[9] = {}, columns[12], u[4];
+        for (int t = 0; k0 + k < s.K && t < 9; ++t) g[t] = weight[((k0 + k) * 9 + t) * s.C + c];
+        for (int j = 0; j < 3; ++j) {
+          transform(g + j, 3, u);
+          for (int i = 0; i < 4; ++i) columns[i * 3 + j] = u[i];
+        }
+        for (int i = 0; i < 4; ++i) {
+          transform(columns + i * 3, 1, u);
+          for (int j = 0; j < 4; ++j)
+            packed[((i * 4 + j) * s.C + c) * width + k] = static_cast<float>(u[j]);
+        }
+      }
+    packed += kPositions * s.C * width;
+  }
+}
+
+// Bᵀ d B of the patch at x, all channels: v[position · stride + c].
+inline void winograd_input(const float* x, int64_t row, int64_t C, float* v, int64_t stride) {
+  for (int64_t c = 0; c < C; c += L) {
+    Vec d[4][4];
+    for (int j = 0; j < 4; ++j) {
+      Vec column[4];
+      for (int i = 0; i < 4; ++i) column[i] = Vec::load(x + i * row + j * C + c);
+      d[0][j] = column[0] - column[2];
+      d[1][j] = column[1] + column[2];
+      d[2][j] = column[2] - column[1];
+      d[3][j] = column[1] - column[3];
+    }
+    for (int i = 0; i < 4; ++i) {
+      (d[i][0] - d[i][2]).store(v + (4 * i) * stride + c);
+      (d[i][1] + d[i][2]).store(v + (4 * i + 1) * stride + c);
+      (d[i][2] - d[i][1]).store(v + (4 * i + 2) * stride + c);
+      (d[i][1] - d[i][3]).store(v + (4 * i + 3) * stride + c);
+    }
+  }
+}
+
+// Tiles of a product's register block: tiles × vectors fill the registers as in conv_tile.
+constexpr int tiles_in_registers(int vecs) {
+  return L == 16 ? (vecs == 4 ? 6 : vecs == 3 ? 8 : 12) : 12 / vecs;
+}
+constexpr int kTileMultiple = 24;  // divisible by all of them
+
+// m [tiles, kVecs · L] = v [tiles, C] · u [C, kVecs · L]
+template <int kVecs>
+void multiply(const float* v, const float* u, int64_t C, int64_t tiles, float* m) {
+  constexpr int kTiles = tiles_in_registers(kVecs);
+  for (int64_t t = 0; t < tiles; t += kTiles, v += kTiles * C, m += kTiles * kVecs * L) {
+    Vec sum[kTiles][kVecs];
+    for (int i = 0; i < kTiles; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::zero();
+    const float* w = u;
+    for (int64_t c = 0; c < C; ++c, w += kVecs * L) {
+      Vec weight[kVecs];
+      for (int j = 0; j < kVecs; ++j) weight[j] = Vec::load(w + j * L);
+      for (int i = 0; i < kTiles; ++i) {
+        const Vec value = Vec::set(v[i * C + c]);
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::fma(value, weight[j], sum[i][j]);
+      }
+    }
+    for (int i = 0; i < kTiles; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j].store(m + (i * kVecs + j) * L);
+  }
+}
+
+// Aᵀ m A of one vector: window positions in row-major order, bias added.
+[[gnu::always_inline]] inline void winograd_output(const float* m, int64_t stride, Vec bias,
+                                                   Vec (&y)[4]) {
+  Vec upper[4], lower[4];
+  for (int j = 0; j < 4; ++j) {
+    const Vec m0 = Vec::load(m + j * stride), m1 = Vec::load(m + (4 + j) * stride);
+    const Vec m2 = Vec::load(m + (8 + j) * stride), m3 = Vec::load(m + (12 + j) * stride);
+    upper[j] = m0 + m1 + m2;
+    lower[j] = m1 - m2 - m3;
+  }
+  y[0] = upper[0] + upper[1] + upper[2] + bias;
+  y[1] = upper[1] - upper[2] - upper[3] + bias;
+  y[2] = lower[0] + lower[1] + lower[2] + bias;
+  y[3] = lower[1] - lower[2] - lower[3] + bias;
+}
+
+// One block of channels of `tiles` windows whose transformed patches are v [position, tile, C].
+// patch(t) is tile t's patch; w: the block's direct weights, for tiles that are not finite.
+template <int kVecs, typename Patch>
+void winograd_block(const ConvBlockShape& s, const float* v, int64_t tiles, int64_t padded_tiles,
+                    const float* u, const float* w, const float* bias, const Runs& runs, float* m,
+                    const Results& to, const Patch& patch) {
+  constexpr int kWidth = kVecs * L;
+  const int64_t stride = padded_tiles * kWidth;
+  for (int p = 0; p < kPositions; ++p)
+    multiply<kVecs>(v + p * padded_tiles * s.C, u + p * s.C * kWidth, s.C, padded_tiles,
+                    m + p * stride);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec y[kVecs][4], difference = Vec::zero();
+    for (int j = 0; j < kVecs; ++j) {
+      winograd_output(m + t * kWidth + j * L, stride, Vec::load(bias + j * L), y[j]);
+      const Vec sum = y[j][0] + y[j][1] + y[j][2] + y[j][3];
+      difference = difference + (sum - sum);  // 0, or NaN if any is not finite
+    }
+    if (Vec::bits(Vec::is_nan(difference))) {
+      Tile<kVecs> tile;
+      const int64_t row = (s.W + 2 * s.pad_w) * s.C;
+      conv_tile<kVecs>(patch(t), s.C, row, runs, w, bias, tile);
+      for (int j = 0; j < kVecs; ++j)
+        for (int p = 0; p < 4; ++p) y[j][p] = tile.sum[p][j];
+    }
+    for (int j = 0; j < kVecs; ++j) store_window(s, y[j], to, t, j);
+  }
+}
+
+// ------------------------------------------------------------------------------- forward: drivers
+
+// What a thread needs to bring the results of a group of bands home.
+template <typename T>
+struct Home {
+  const ConvBlockShape& s;
+  const View4<T>& out;
+  uint8_t* winner;
+  int64_t padded_K;
+  bool whole_vectors, direct;
+  Scratch<float> values;
+  Scratch<uint8_t> codes;
+
+  Home(const ConvBlockShape& shape, const View4<T>& y, uint8_t* w, int64_t pixels)
+      : s(shape), out(y), winner(w), padded_K(round_up(shape.K, L)) {
+    whole_vectors = padded_K == s.K;
+    direct = whole_vectors && out.c == 1 && std::is_same_v<T, float>;
+    if (!direct) values.reserve(pixels * padded_K);
+    if (winner && !whole_vectors) codes.reserve(pixels * padded_K);
+  }
+
+  uint8_t* winner_row(int64_t n, int64_t p0) const {
+    return winner + (n * s.out_h + p0) * s.out_w * s.K;
+  }
+
+  // Channels from k0 on of the pixels from pooled row p0 of image n on.
+  Results block(int64_t n, int64_t p0, int64_t k0) const {
+    float* value = direct ? reinterpret_cast<float*>(out.at(n, k0, p0, 0)) : values.data + k0;
+    uint8_t* code =
+        !winner ? nullptr : whole_vectors ? winner_row(n, p0) + k0 : codes.data + k0;
+    return {value, code, padded_K};
+  }
+
+  // `pixels` of each of `images`; out is dense, so that they are one long row.
+  void finish(int64_t n, int64_t p0, int64_t images, int64_t pixels) const {
+    if (!direct)
+      for (int64_t i = 0; i < images; ++i)
+        unpack_pixels(values.data + i * pixels * padded_K, 0, padded_K, out, n + i, p0, 1, pixels,
+                      s.K);
+    if (winner && !whole_vectors)
+      for (int64_t p = 0; p < images * pixels; ++p)
+        std::copy_n(codes.data + p * padded_K, s.K, winner_row(n, p0) + p * s.K);
+  }
+};
+
+template <typename F>
+void with_vecs(int64_t vecs, const F& f) {
+  if (vecs == 1) f(std::integral_constant<int, 1>{});
+  if (vecs == 2) f(std::integral_constant<int, 2>{});
+  if (vecs == 3) f(std::integral_constant<int, 3>{});
+  if constexpr (kMaxVecs > 3)
+    if (vecs == 4) f(std::integral_constant<int, 4>{});
+}
+
+// Floats of packed input of one band of `rows` pooled rows.
+inline int64_t packed_floats(const ConvBlockShape& s, int64_t rows) {
+  const int64_t conv_rows = (rows - 1) * s.pool_stride_h + s.pool_h;
+  return ((conv_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) *
+         (s.W + 2 * s.pad_w) * s.C;
+}
+
+// Packed floats of a group of bands: half of a small second-level cache.
+constexpr int64_t kGroupFloats = 65536;
+
+// Images that are packed together, when each is one band.
+inline int64_t images_in_group(const ConvBlockShape& s, int64_t bands, int64_t packed_size,
+                               int64_t most) {
+  return bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, most);
+}
+
+template <typename T>
+void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+                    const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
+                    int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s.K);
+  const int64_t taps = s.kernel_h * s.kernel_w * s.C, bands = (s.out_h + band - 1) / band;
+  Scratch<float> packed, conv;
+  Home<T> home(s, out, winner, band * s.out_w);
+  // A tile over a row shorter than itself reads up to 3 steps too far; those sums are dropped.
+  packed.reserve(packed_floats(s, band) + kPixels * s.stride_w * s.C);
+  if (needs_conv_rows(s))
+    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxVecs * L);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / bands, p0 = unit % bands * band;
+    const int64_t rows = std::min(band, s.out_h - p0);
+    const Band input(s, p0, p0 + rows);
+    pack_band(s, x, n, input.first, input.rows, packed.data);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const int64_t k0 = blocks.begin(b) * L;
+      with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+        forward_block<decltype(vecs)::value>(s, packed.data, runs, weight + k0 * taps, bias + k0,
+                                             input, p0, rows, conv.data, home.block(n, p0, k0));
+      });
+    }
+    home.finish(n, p0, 1, rows * s.out_w);
+  }
+}
+
+template <typename T>
+void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+                      const float* u, const float* bias, const View4<T>& out, uint8_t* winner,
+                      int64_t band, int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s.K);
+  const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
+  const int64_t bands = (s.out_h + band - 1) / band, packed_size = packed_floats(s, band);
+  const int64_t group = images_in_group(s, bands, packed_size, end - begin);
+  // Transformed patches of a block of tiles take a quarter of a small second-level cache.
+  const int64_t block_tiles = std::max<int64_t>(
+      round_up(32768 / (kPositions * s.C), kTileMultiple), kTileMultiple);
+  Scratch<float> packed, v, m;
+  Home<T> home(s, out, winner, group * band * s.out_w);
+  packed.reserve(group * packed_size);
+  v.reserve(kPositions * block_tiles * s.C);
+  m.reserve(kPositions * block_tiles * kMaxVecs * L);
+
+  for (int64_t unit = begin; unit < end; unit += group) {
+    const int64_t n = unit / bands, p0 = unit % bands * band;
+    const int64_t images = std::min(group, end - unit);
+    const int64_t pixels = std::min(band, s.out_h - p0) * s.out_w;
+    const Band input(s, p0, p0 + pixels / s.out_w);
+    for (int64_t i = 0; i < images; ++i)
+      pack_band(s, x, n + i, input.first, input.rows, packed.data + i * packed_size);
+    for (int64_t t0 = 0; t0 < images * pixels; t0 += block_tiles) {
+      const int64_t tiles = std::min(block_tiles, images * pixels - t0);
+      const int64_t padded = round_up(tiles, kTileMultiple);
+      const auto patch = [&](int64_t t) {
+        const int64_t p = (t0 + t) % pixels;
+        return packed.data + (t0 + t) / pixels * packed_size + p / s.out_w * 2 * row +
+               p % s.out_w * 2 * s.C;
+      };
+      for (int64_t t = 0; t < tiles; ++t)
+        winograd_input(patch(t), row, s.C, v.data + t * s.C, padded * s.C);
+      for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t k0 = blocks.begin(b) * L;
+        Results to = home.block(n, p0, k0);
+        to.value += t0 * to.stride;
+        if (to.code) to.code += t0 * to.stride;
+        with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+          winograd_block<decltype(vecs)::value>(s, v.data, tiles, padded,
+                                                u + k0 * kPositions * s.C, weight + k0 * taps,
+                                                bias + k0, runs, m.data, to, patch);
+        });
+      }
+    }
+    home.finish(n, p0, images, pixels);
+  }
 }
 
 template <typename T>
 void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
              const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
              int64_t end) {
-  const Runs runs(s);
-  const ChannelBlocks blocks(s.K);
-  const int64_t padded_K = blocks.vecs * L, taps = s.kernel_h * s.kernel_w * s.C;
-  const bool whole_vectors = padded_K == s.K;
-  const bool direct = whole_vectors && out.c == 1 && std::is_same_v<T, float>;
-  const int64_t bands = (s.out_h + band - 1) / band;
-  const int64_t max_rows = (std::min(band, s.out_h) - 1) * s.pool_stride_h + s.pool_h;
-
-  Scratch<float> packed_weight, packed_bias, packed, conv, values;
-  Scratch<uint8_t> codes;
-  packed_weight.reserve(padded_K * taps);
+  const int64_t padded_K = round_up(s.K, L);
+  Scratch<float> packed_weight, packed_bias, u;
+  packed_weight.reserve(padded_K * s.kernel_h * s.kernel_w * s.C);
   pack_forward_weight(s, weight, packed_weight.data);
   packed_bias.reserve(padded_K);
   std::copy_n(bias, s.K, packed_bias.data);
-  // A tile over a row shorter than itself reads up to 3 steps too far: zeros, whose sums are
-  // dropped.
-  const int64_t row_in = (s.W + 2 * s.pad_w) * s.C;
-  packed.reserve(((max_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) * row_in +
-                 kPixels * s.stride_w * s.C);
-  conv.reserve(max_rows * s.conv_w * kMaxVecs * L);
-  if (!direct) values.reserve(band * s.out_w * padded_K);
-  if (winner && !whole_vectors) codes.reserve(band * s.out_w * padded_K);
-
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / bands, p0 = unit % bands * band;
-    const int64_t p1 = std::min(p0 + band, s.out_h), rows = p1 - p0;
-    const Band input(s, p0, p1);
-    pack_band(s, x, n, input.first, input.rows, packed.data);
-    uint8_t* winner_rows = winner ? winner + (n * s.out_h + p0) * s.out_w * s.K : nullptr;
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      const int64_t k0 = blocks.begin(b) * L, vecs = blocks.begin(b + 1) - blocks.begin(b);
-      Results to;
-      to.value = direct ? reinterpret_cast<float*>(out.at(n, k0, p0, 0)) : values.data + k0;
-      to.code = !winner ? nullptr : whole_vectors ? winner_rows + k0 : codes.data + k0;
-      to.value_stride = padded_K, to.code_stride = padded_K;
-      const float* w = packed_weight.data + k0 * taps;
-      const auto run = [&](auto count) {
-        forward_block<decltype(count)::value>(s, packed.data, runs, w, packed_bias.data + k0,
-                                              input, p0, rows, conv.data, to);
-      };
-      if (vecs == 1) run(std::integral_constant<int, 1>{});
-      if (vecs == 2) run(std::integral_constant<int, 2>{});
-      if (vecs == 3) run(std::integral_constant<int, 3>{});
-      if constexpr (kMaxVecs > 3)
-        if (vecs == 4) run(std::integral_constant<int, 4>{});
-    }
-    if (!direct)
-      // out is dense, so the band's rows are one long row.
-      unpack_pixels(values.data, 0, padded_K, out, n, p0, 1, rows * s.out_w, s.K);
-    if (winner && !whole_vectors)
-      for (int64_t p = 0; p < rows * s.out_w; ++p)
-        std::copy_n(codes.data + p * padded_K, s.K, winner_rows + p * s.K);
+  if (winograd_serves(s)) {
+    u.reserve(padded_K * kPositions * s.C);
+    pack_winograd_weight(s, weight, u.data);
+    forward_winograd<T>(s, x, packed_weight.data, u.data, packed_bias.data, out, winner, band,
+                        begin, end);
+  } else {
+    forward_direct<T>(s, x, packed_weight.data, packed_bias.data, out, winner, band, begin, end);
   }
 }
 
@@ -606,8 +882,6 @@ struct ChannelMajor {
   }
 };
 
-// Packed floats of a group of bands: half of a small second-level cache.
-constexpr int64_t kGroupFloats = 65536;
 // Floats of dW that stay in the first-level cache while a group's images go by.
 constexpr int64_t kWeightBlockFloats = 3072;
 
@@ -624,10 +898,8 @@ void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
 
   // A group is one band of one image, or several images that are one band each.
   const int64_t bands = (s.out_h + band - 1) / band, rows = std::min(band, s.out_h);
-  const int64_t packed_size = (((rows - 1) * s.pool_stride_h + s.pool_h - 1) * s.stride_h +
-                               (s.kernel_h - 1) * s.dilation_h + 1) * (s.W + 2 * s.pad_w) * s.C;
-  const int64_t group =
-      bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, std::min(chunk, s.N));
+  const int64_t packed_size = packed_floats(s, rows);
+  const int64_t group = images_in_group(s, bands, packed_size, std::min(chunk, s.N));
   Scratch<float> packed, dw;
   ChannelMajor grads;
   packed.reserve(group * packed_size);
