@@ -209,21 +209,40 @@ struct Tile {
   Vec sum[kPixels][kVecs];
 };
 
+// The number and length of runs, where known when compiling: the loops over the few taps of a first
+// layer are then unrolled. 0 means any.
+template <int kRuns, int kLength>
+struct TapLoops {
+  static constexpr int runs = kRuns, length = kLength;
+};
+using AnyTaps = TapLoops<0, 0>;
+
+template <typename F>
+void with_taps(const Runs& runs, const F& f) {
+  if (runs.count == 3 && runs.length == 3) return f(TapLoops<3, 3>{});  // 3 × 3, 1 channel
+  if (runs.count == 3 && runs.length == 9) return f(TapLoops<3, 9>{});  // 3 × 3, 3 channels
+  f(AnyTaps{});
+}
+
 // Sums of kPixels positions, `step` floats apart within a pair and `pair` floats between pairs:
 // four in a row (pair = 2 step), or a 2 × 2 window (pair = one conv row).
-template <int kVecs>
+template <int kVecs, typename Taps = AnyTaps>
 [[gnu::always_inline]] inline void conv_tile(const float* x, int64_t step, int64_t pair,
                                              const Runs& runs, const float* w, const float* bias,
                                              Tile<kVecs>& tile) {
+  const int64_t run_count = Taps::runs ? Taps::runs : runs.count;
+  const int64_t run_length = Taps::length ? Taps::length : runs.length;
   Vec sum[kPixels][kVecs];
   for (int v = 0; v < kVecs; ++v)
     for (int p = 0; p < kPixels; ++p) sum[p][v] = Vec::load(bias + v * L);
-  for (int64_t r = 0; r < runs.count; ++r) {
+#pragma GCC unroll 3
+  for (int64_t r = 0; r < run_count; ++r) {
     const float* x0 = x + runs.offset[r];
     const float* x1 = x0 + step;
     const float* x2 = x0 + pair;
     const float* x3 = x2 + step;
-    for (int64_t e = 0; e < runs.length; ++e, w += kVecs * L) {
+#pragma GCC unroll 9
+    for (int64_t e = 0; e < run_length; ++e, w += kVecs * L) {
       Vec weight[kVecs];
       for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(w + v * L);
       const Vec a = Vec::set(x0[e]);
@@ -290,14 +309,14 @@ inline bool needs_conv_rows(const ConvBlockShape& s) {
 }
 
 // Pool and ReLU for one block of channels, given the band's packed input.
-template <int kVecs>
+template <int kVecs, typename Taps>
 void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
                  const float* bias, int64_t rows, const Results& to) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, step = s.stride_w * s.C;
   for (int64_t ph = 0; ph < rows; ++ph)
     for (int64_t pw = 0; pw < s.out_w; ++pw) {
       Tile<kVecs> tile;
-      conv_tile<kVecs>(x + 2 * ph * row + 2 * pw * step, step, row, runs, w, bias, tile);
+      conv_tile<kVecs, Taps>(x + 2 * ph * row + 2 * pw * step, step, row, runs, w, bias, tile);
       const int64_t pixel = ph * s.out_w + pw;
       for (int v = 0; v < kVecs; ++v) {
         const Vec y[4] = {tile.sum[0][v], tile.sum[1][v], tile.sum[2][v], tile.sum[3][v]};
@@ -308,7 +327,7 @@ void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, cons
 
 // Conv-map row into dst [conv_w, stride]. The last tile starts further left, so that it ends with
 // the row; rows shorter than a tile read the zeros that the packed band is followed by.
-template <int kVecs, typename Epilogue>
+template <int kVecs, typename Taps, typename Epilogue>
 [[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
                                                   const Runs& runs, const float* w,
                                                   const float* bias, const Epilogue& epilogue) {
@@ -316,18 +335,18 @@ template <int kVecs, typename Epilogue>
   for (int64_t cw = 0; cw < s.conv_w; cw += kPixels) {
     const int64_t at = std::max<int64_t>(std::min(cw, s.conv_w - kPixels), 0);
     Tile<kVecs> tile;
-    conv_tile<kVecs>(x + at * step, step, 2 * step, runs, w, bias, tile);
+    conv_tile<kVecs, Taps>(x + at * step, step, 2 * step, runs, w, bias, tile);
     const int64_t pixels = std::min<int64_t>(kPixels, s.conv_w);
     for (int64_t p = 0; p < pixels; ++p) epilogue(at + p, tile.sum[p]);
   }
 }
 
-template <int kVecs>
+template <int kVecs, typename Taps>
 void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
              const float* bias, int64_t rows, const Results& to) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h;
   for (int64_t h = 0; h < rows; ++h)
-    conv_row_tiles<kVecs>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+    conv_row_tiles<kVecs, Taps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
       const int64_t pixel = h * s.conv_w + cw;
       for (int v = 0; v < kVecs; ++v) {
         Vec best = sum[v], code = Vec::zero();
@@ -344,7 +363,7 @@ void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const
                 const Results& to) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, pixel_stride = kVecs * L;
   for (int64_t h = 0; h < band.conv_end - band.conv_begin; ++h)
-    conv_row_tiles<kVecs>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+    conv_row_tiles<kVecs, AnyTaps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
       for (int v = 0; v < kVecs; ++v)
         sum[v].store(conv + (h * s.conv_w + cw) * pixel_stride + v * L);
     });
@@ -374,9 +393,13 @@ void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, co
                    const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                    const Results& to) {
   if (has_no_pool(s))
-    no_pool<kVecs>(s, x, runs, w, bias, rows, to);
+    with_taps(runs, [&](auto taps) {
+      no_pool<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
+    });
   else if (windows_are_2x2(s))
-    windows_2x2<kVecs>(s, x, runs, w, bias, rows, to);
+    with_taps(runs, [&](auto taps) {
+      windows_2x2<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
+    });
   else
     any_window<kVecs>(s, x, runs, w, bias, band, begin, rows, conv, to);
 }
@@ -819,8 +842,12 @@ struct ChannelMajor {
   Scratch<float> g, code, base;
   Scratch<int32_t> at;
   int64_t stride = 0;
+  float places[16];  // offset of each place of a window, and of the one that a shut winner gets:
+  float shut_place;  // the window's first place inside the map
 
-  void reserve(int64_t channels, int64_t pixels) {
+  void reserve(const ConvBlockShape& s, int64_t channels, int64_t pixels) {
+    for (int64_t q = 0; q < s.window(); ++q) places[q] = float(place_offset(s, q));
+    shut_place = float(place_offset(s, s.pool_pad_h * s.pool_w + s.pool_pad_w));
     stride = round_up(pixels, L);
     g.reserve(channels * stride), code.reserve(channels * stride), at.reserve(channels * stride);
     base.reserve(stride);
@@ -832,9 +859,10 @@ struct ChannelMajor {
   void fill(const ConvBlockShape& s, const View4<const T>& grad, const uint8_t* winner, int64_t n,
             int64_t p0, int64_t p1, int64_t first, int64_t column, int64_t packed) {
     const int64_t pixels = (p1 - p0) * s.out_w;
-    for (int64_t p = 0; p < pixels; ++p)
-      base.data[column + p] =
-          float(packed + window_offset(s, p0 + p / s.out_w, p % s.out_w, first));
+    float* at_place_0 = base.data + column;
+    for (int64_t ph = p0; ph < p1; ++ph)
+      for (int64_t pw = 0; pw < s.out_w; ++pw)
+        *at_place_0++ = float(packed + window_offset(s, ph, pw, first));
     if (winner)
       transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data + column,
                 stride);
@@ -856,8 +884,6 @@ struct ChannelMajor {
   float place(const ConvBlockShape& s, int64_t k, int64_t pixels, bool has_code) {
     float* grad = g.data + k * stride;
     for (int64_t p = pixels; p < round_up(pixels, L); ++p) grad[p] = 0, base.data[p] = 0;
-    // A shut winner points at the window's first place inside the map.
-    const Vec shut_place = Vec::set(float(place_offset(s, s.pool_pad_h * s.pool_w + s.pool_pad_w)));
     Vec sum = Vec::zero();
     for (int64_t p = 0; p < pixels; p += L) {
       Vec value = Vec::load(grad + p), offset = Vec::load(base.data + p);
@@ -865,10 +891,9 @@ struct ChannelMajor {
         const Vec c = Vec::load(code.data + k * stride + p);
         const Vec::Mask shut = Vec::equal(c, Vec::set(kShutCode));
         value = Vec::select(shut, Vec::zero(), value);
-        Vec place = Vec::select(shut, shut_place, Vec::zero());
+        Vec place = Vec::select(shut, Vec::set(shut_place), Vec::zero());
         for (int64_t q = 1; q < s.window(); ++q)
-          place = Vec::select(Vec::equal(c, Vec::set(float(q))),
-                              Vec::set(float(place_offset(s, q))), place);
+          place = Vec::select(Vec::equal(c, Vec::set(float(q))), Vec::set(places[q]), place);
         offset = offset + place;
       }
       value.store(grad + p);
@@ -885,12 +910,115 @@ struct ChannelMajor {
 // Floats of dW that stay in the first-level cache while a group's images go by.
 constexpr int64_t kWeightBlockFloats = 3072;
 
+// Where taps × input channels are few, runs are shorter than a vector: there the vectors run over
+// output channels, and every place of the window is added, with zero gradient for the losers.
+// Cycles per pooled output by either way, from 2 fused multiply-adds a cycle, 3 cycles a pass for
+// the position, and broadcasts that bind the dense way to about 1.7 a cycle.
+inline bool dense_is_cheaper(const ConvBlockShape& s, const std::vector<Pass>& passes) {
+  double sparse = 0;
+  for (const Pass& pass : passes) sparse += pass.sums() / 2. + 3;
+  const double elements = double(s.kernel_h * s.kernel_w * s.C * s.window());
+  return elements * 0.6 / L * round_up(s.K, L) / s.K < sparse;
+}
+
+constexpr int kMaxElements = L == 16 ? 24 : 12;
+
+// dw[e] += Σ_p Σ_q [code = q] g[p] · x[window(p) + place(q) + element(e)] for one vector of output
+// channels; g and codes [pixels, stride].
+template <int kElements>
+void add_dense(const float* x, const int64_t* window, const int64_t* place, int64_t places,
+               const int64_t* element, const float* g, const uint8_t* code, int64_t stride,
+               int64_t pixels, float* dw) {
+  Vec sum[kElements];
+  for (int e = 0; e < kElements; ++e) sum[e] = Vec::load(dw + e * L);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const Vec grad = Vec::load(g + p * stride);
+    const Vec winner = code ? Vec::load(code + p * stride) : Vec::zero();
+    for (int64_t q = 0; q < places; ++q) {
+      const Vec mine = Vec::select(Vec::equal(winner, Vec::set(float(q))), grad, Vec::zero());
+      const float* src = x + window[p] + place[q];
+      for (int e = 0; e < kElements; ++e)
+        sum[e] = Vec::fma(Vec::set(src[element[e]]), mine, sum[e]);
+    }
+  }
+  for (int e = 0; e < kElements; ++e) sum[e].store(dw + e * L);
+}
+
+using AddDense = void (*)(const float*, const int64_t*, const int64_t*, int64_t, const int64_t*,
+                          const float*, const uint8_t*, int64_t, int64_t, float*);
+template <int... kElementsLessOne>
+AddDense add_dense_for(int64_t elements, std::integer_sequence<int, kElementsLessOne...>) {
+  static constexpr AddDense kTable[] = {add_dense<kElementsLessOne + 1>...};
+  return kTable[elements - 1];
+}
+
+template <typename T>
+void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_out,
+                           const View4<const T>& x, const uint8_t* winner, float* partial,
+                           int64_t band, int64_t chunk, int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const int64_t elements = runs.count * runs.length, padded_K = round_up(s.K, L);
+  const int64_t places = winner ? s.window() : 1, blocks = (elements + kMaxElements - 1) / kMaxElements;
+  std::vector<int64_t> element, place, window(band * s.out_w);
+  for (int64_t r = 0; r < runs.count; ++r)
+    for (int64_t e = 0; e < runs.length; ++e) element.push_back(runs.offset[r] + e);
+  for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(s, q));
+  Scratch<float> packed, grad, dw;
+  Scratch<uint8_t> codes;
+  packed.reserve(packed_floats(s, band));
+  grad.reserve(band * s.out_w * padded_K), codes.reserve(band * s.out_w * padded_K);
+  dw.reserve(padded_K * (elements + 1));
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    std::fill_n(dw.data, padded_K * (elements + 1), 0.f);
+    for (int64_t n = unit * chunk; n < std::min((unit + 1) * chunk, s.N); ++n)
+      for (int64_t p0 = 0; p0 < s.out_h; p0 += band) {
+        const int64_t rows = std::min(band, s.out_h - p0), pixels = rows * s.out_w;
+        const Band input(s, p0, p0 + rows);
+        pack_band(s, x, n, input.first, input.rows, packed.data);
+        pack_pixels(grad_out, n, p0, rows, s.out_w, s.K, grad.data, s.out_w * padded_K, padded_K);
+        const uint8_t* code = winner ? winner + (n * s.out_h + p0) * s.out_w * s.K : nullptr;
+        if (winner && padded_K != s.K) {
+          for (int64_t p = 0; p < pixels; ++p)
+            std::copy_n(code + p * s.K, s.K, codes.data + p * padded_K);
+          code = codes.data;
+        }
+        for (int64_t r = 0, p = 0; r < rows; ++r)
+          for (int64_t pw = 0; pw < s.out_w; ++pw)
+            window[p++] = window_offset(s, p0 + r, pw, input.first);
+        for (int64_t k = 0; k < padded_K; k += L) {
+          float* dst = dw.data + k * (elements + 1);
+          for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t e0 = b * elements / blocks, e1 = (b + 1) * elements / blocks;
+            add_dense_for(e1 - e0, std::make_integer_sequence<int, kMaxElements>{})(
+                packed.data, window.data(), place.data(), places, element.data() + e0,
+                grad.data + k, code ? code + k : nullptr, padded_K, pixels, dst + e0 * L);
+          }
+          Vec sum = Vec::load(dst + elements * L);
+          for (int64_t p = 0; p < pixels; ++p) {
+            const Vec g = Vec::load(grad.data + p * padded_K + k);
+            const Vec c = code ? Vec::load(code + p * padded_K + k) : Vec::zero();
+            sum = sum + Vec::select(Vec::equal(c, Vec::set(kShutCode)), Vec::zero(), g);
+          }
+          sum.store(dst + elements * L);
+        }
+      }
+    // [channel vector][element | bias][lane] → [K, elements | bias]
+    float* to = partial + unit * s.K * (elements + 1);
+    for (int64_t k = 0; k < s.K; ++k)
+      for (int64_t e = 0; e <= elements; ++e)
+        to[k * (elements + 1) + e] = dw.data[(k / L * (elements + 1) + e) * L + k % L];
+  }
+}
+
 template <typename T>
 void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
                      const View4<const T>& x, const uint8_t* winner, float* partial, int64_t band,
                      int64_t chunk, int64_t begin, int64_t end) {
   const Runs runs(s);
   const std::vector<Pass> passes = passes_over(runs);
+  if (dense_is_cheaper(s, passes))
+    return backward_weight_dense(s, grad_out, x, winner, partial, band, chunk, begin, end);
   const int64_t taps = s.kernel_h * s.kernel_w * s.C, l1_rows = rows_in_l1(s);
   int64_t sums = 0;
   for (const Pass& pass : passes) sums += pass.sums() * L;
@@ -903,7 +1031,7 @@ void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
   Scratch<float> packed, dw;
   ChannelMajor grads;
   packed.reserve(group * packed_size);
-  grads.reserve(s.K, group * rows * s.out_w);
+  grads.reserve(s, s.K, group * rows * s.out_w);
   dw.reserve(s.K * (sums + 1));
   float* db = dw.data + s.K * sums;
 
@@ -1055,8 +1183,11 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
   dx.reserve(height * row);
   grad.reserve(l1_rows * s.out_w * padded_K);
   codes.reserve(l1_rows * s.out_w * padded_K);
-  std::vector<int64_t> place(places);
+  std::vector<int64_t> place(places), window_base(l1_rows * s.out_w);
   for (int64_t q = 0; q < places; ++q) place[q] = place_offset(s, q);
+  for (int64_t p = 0; p < l1_rows * s.out_w; ++p)
+    window_base[p] = window_offset(s, p / s.out_w, p % s.out_w, 0);
+  const int64_t window_row = s.pool_stride_h * s.stride_h * row;
 
   for (int64_t n = begin; n < end; ++n) {
     std::fill_n(dx.data, height * row, 0.f);
@@ -1074,11 +1205,10 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
                      padded_K);
         for (const Pass& pass : passes) {
           const AddChannels add = add_channels_for(pass);
-          for (int64_t p = 0; p < pixels; ++p) {
-            float* window = dx.data + pass.vec * L +
-                            window_offset(s, p0 + p / s.out_w, p % s.out_w, 0);
-            for (int64_t q = 0; q < places; ++q) {
-              const int64_t bucket = p * places + q, at = bucket * buckets.capacity;
+          for (int64_t p = 0, bucket = 0; p < pixels; ++p) {
+            float* window = dx.data + pass.vec * L + window_base[p] + p0 * window_row;
+            for (int64_t q = 0; q < places; ++q, ++bucket) {
+              const int64_t at = bucket * buckets.capacity;
               if (buckets.count[bucket] > 0)
                 add(window + place[q], runs.offset.data() + pass.run, w, buckets.g.data + at,
                     buckets.channel.data + at, buckets.count[bucket]);
