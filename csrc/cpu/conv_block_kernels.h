@@ -98,6 +98,7 @@ void copy_row(const S* src, int64_t n, D* dst) {
 template <typename T>
 void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows, int64_t width,
                  int64_t channels, float* dst, int64_t row_stride, int64_t pixel_stride) {
+  if (x.h == width * x.w && row_stride == width * pixel_stride) width *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r, dst += row_stride) {
     const T* src = x.at(n, 0, first + r, 0);
     if (x.c == 1 && x.w == channels && pixel_stride == channels) {
@@ -866,16 +867,18 @@ struct ChannelMajor {
     if (winner)
       transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data + column,
                 stride);
-    for (int64_t r = 0; r < p1 - p0; ++r) {
+    const bool one_row = grad.h == s.out_w * grad.w;
+    const int64_t width = one_row ? pixels : s.out_w;
+    for (int64_t r = 0; r < (one_row ? 1 : p1 - p0); ++r) {
       const T* src = grad.at(n, 0, p0 + r, 0);
-      float* dst = g.data + column + r * s.out_w;
+      float* dst = g.data + column + r * width;
       if (grad.w == 1)
-        for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, s.out_w, dst + k * stride);
+        for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, width, dst + k * stride);
       else if (grad.c == 1)
-        transpose(src, grad.w, s.out_w, s.K, dst, stride);
+        transpose(src, grad.w, width, s.K, dst, stride);
       else
         for (int64_t k = 0; k < s.K; ++k)
-          for (int64_t w = 0; w < s.out_w; ++w)
+          for (int64_t w = 0; w < width; ++w)
             dst[k * stride + w] = static_cast<float>(src[k * grad.c + w * grad.w]);
     }
   }
@@ -928,24 +931,26 @@ constexpr int kMaxElements = L == 16 ? 24 : 12;
 template <int kElements>
 void add_dense(const float* x, const int64_t* window, const int64_t* place, int64_t places,
                const int64_t* element, const float* g, const uint8_t* code, int64_t stride,
-               int64_t pixels, float* dw) {
-  Vec sum[kElements];
-  for (int e = 0; e < kElements; ++e) sum[e] = Vec::load(dw + e * L);
+               int64_t pixels, float* dw, float* db) {
+  Vec sum[kElements], grads = Vec::zero();
+  int64_t offset[kElements];
+  for (int e = 0; e < kElements; ++e) sum[e] = Vec::load(dw + e * L), offset[e] = element[e];
   for (int64_t p = 0; p < pixels; ++p) {
     const Vec grad = Vec::load(g + p * stride);
     const Vec winner = code ? Vec::load(code + p * stride) : Vec::zero();
     for (int64_t q = 0; q < places; ++q) {
       const Vec mine = Vec::select(Vec::equal(winner, Vec::set(float(q))), grad, Vec::zero());
       const float* src = x + window[p] + place[q];
-      for (int e = 0; e < kElements; ++e)
-        sum[e] = Vec::fma(Vec::set(src[element[e]]), mine, sum[e]);
+      for (int e = 0; e < kElements; ++e) sum[e] = Vec::fma(Vec::set(src[offset[e]]), mine, sum[e]);
+      grads = grads + mine;
     }
   }
   for (int e = 0; e < kElements; ++e) sum[e].store(dw + e * L);
+  if (db) (Vec::load(db) + grads).store(db);
 }
 
 using AddDense = void (*)(const float*, const int64_t*, const int64_t*, int64_t, const int64_t*,
-                          const float*, const uint8_t*, int64_t, int64_t, float*);
+                          const float*, const uint8_t*, int64_t, int64_t, float*, float*);
 template <int... kElementsLessOne>
 AddDense add_dense_for(int64_t elements, std::integer_sequence<int, kElementsLessOne...>) {
   static constexpr AddDense kTable[] = {add_dense<kElementsLessOne + 1>...};
@@ -955,9 +960,11 @@ AddDense add_dense_for(int64_t elements, std::integer_sequence<int, kElementsLes
 template <typename T>
 void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_out,
                            const View4<const T>& x, const uint8_t* winner, float* partial,
-                           int64_t band, int64_t chunk, int64_t begin, int64_t end) {
+                           int64_t chunk, int64_t begin, int64_t end) {
   const Runs runs(s);
   const int64_t elements = runs.count * runs.length, padded_K = round_up(s.K, L);
+  // Gradients of a band fill half of a 32 KiB first-level cache.
+  const int64_t band = std::clamp<int64_t>(4096 / (s.out_w * padded_K), 1, s.out_h);
   const int64_t places = winner ? s.window() : 1, blocks = (elements + kMaxElements - 1) / kMaxElements;
   std::vector<int64_t> element, place, window(band * s.out_w);
   for (int64_t r = 0; r < runs.count; ++r)
@@ -992,15 +999,9 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
             const int64_t e0 = b * elements / blocks, e1 = (b + 1) * elements / blocks;
             add_dense_for(e1 - e0, std::make_integer_sequence<int, kMaxElements>{})(
                 packed.data, window.data(), place.data(), places, element.data() + e0,
-                grad.data + k, code ? code + k : nullptr, padded_K, pixels, dst + e0 * L);
+                grad.data + k, code ? code + k : nullptr, padded_K, pixels, dst + e0 * L,
+                b == 0 ? dst + elements * L : nullptr);
           }
-          Vec sum = Vec::load(dst + elements * L);
-          for (int64_t p = 0; p < pixels; ++p) {
-            const Vec g = Vec::load(grad.data + p * padded_K + k);
-            const Vec c = code ? Vec::load(code + p * padded_K + k) : Vec::zero();
-            sum = sum + Vec::select(Vec::equal(c, Vec::set(kShutCode)), Vec::zero(), g);
-          }
-          sum.store(dst + elements * L);
         }
       }
     // [channel vector][element | bias][lane] → [K, elements | bias]
@@ -1018,7 +1019,7 @@ void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
   const Runs runs(s);
   const std::vector<Pass> passes = passes_over(runs);
   if (dense_is_cheaper(s, passes))
-    return backward_weight_dense(s, grad_out, x, winner, partial, band, chunk, begin, end);
+    return backward_weight_dense(s, grad_out, x, winner, partial, chunk, begin, end);
   const int64_t taps = s.kernel_h * s.kernel_w * s.C, l1_rows = rows_in_l1(s);
   int64_t sums = 0;
   for (const Pass& pass : passes) sums += pass.sums() * L;
