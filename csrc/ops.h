@@ -19,7 +19,15 @@
       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, \
       int64_t groups, bool relu, std::vector<int64_t> pool_size,                                \
       std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding, bool ceil_mode,      \
-      bool need_input, bool need_weight, bool need_bias);
+      bool need_input, bool need_weight, bool need_bias);                                       \
+  std::tuple<Tensor, Tensor> cross_entropy_forward(                                             \
+      const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,           \
+      int64_t ignore_index, int64_t reduction, double label_smoothing, bool float_loss,         \
+      bool save);                                                                               \
+  Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input,                   \
+                                const Tensor& target, const std::optional<Tensor>& weight,      \
+                                const Tensor& saved, int64_t ignore_index, int64_t reduction,   \
+                                double label_smoothing);
 
 namespace fastcls::cpu {
 FASTCLS_DECLARE_OPS

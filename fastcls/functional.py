@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastcls import _load as _load
 from fastcls import reference
-from fastcls._arguments import conv_block_arguments
+from fastcls._arguments import conv_block_arguments, pair
 
 _ops = torch.ops.fastcls
 
@@ -67,7 +67,7 @@ def conv_block(
     Raises:
         TypeError: an argument of the wrong Python type.
         RuntimeError: shapes, dtypes, devices or sizes that do not fit, named in the message.
-        ValueError: unknown activation, or padding="same" with a stride.
+        ValueError: unknown activation.
     """
     _check_tensor("conv_block", "input", input)
     _check_tensor("conv_block", "weight", weight)
@@ -105,10 +105,12 @@ def _pad_by_name(input, weight, padding, stride, dilation):
     if padding == "valid":
         return input, 0
     if padding != "same":
-        raise ValueError(f'conv_block: padding must be "valid", "same" or ints, got {padding!r}')
-    if stride not in (1, (1, 1), [1, 1]):
-        raise ValueError(f'conv_block: padding="same" needs stride 1, got {stride!r}')
-    dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
+        raise RuntimeError(f'conv_block: padding must be "valid", "same" or ints, got {padding!r}')
+    if pair("stride", stride) != (1, 1):
+        raise RuntimeError(f'conv_block: padding="same" needs stride 1, got {stride!r}')
+    if weight.dim() != 4:
+        return input, 0  # the op's own check says what is wrong
+    dilation = pair("dilation", dilation)
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     # An odd total puts the extra row or column at the end, as conv2d does.
     odd_h, odd_w = (t % 2 for t in total)
@@ -120,7 +122,7 @@ def _pad_by_name(input, weight, padding, stride, dilation):
 def _autocast(input, weight, bias):
     """Casts that autocast to the active dtype asks for; float32 parameters stay as they are."""
     device_type = input.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -133,6 +135,36 @@ def _autocast(input, weight, bias):
     if bias is not None and bias.dtype != weight.dtype and weight.dtype != torch.float64:
         bias = bias.to(weight.dtype)
     return input, weight, bias
+
+
+def _check_fake_devices(op, input, **others):
+    # A meta tensor next to a real one ends up in the fake, which must not answer.
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise RuntimeError(
+                f"{op}: {name} must be on the device of input ({input.device}), got {t.device}"
+            )
+
+
+def _empty_like_kernels(shape, like):
+    """A new 4D tensor as the kernels allocate it: in the memory format that `like` suggests."""
+    memory_format = torch._prims_common.suggest_memory_format(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _check_fake_devices(op, input, **others):
+    # A meta tensor next to a real one ends up in the fake, which must not answer.
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise RuntimeError(
+                f"{op}: {name} must be on the device of input ({input.device}), got {t.device}"
+            )
+
+
+def _empty_like_kernels(shape, like):
+    """A new 4D tensor as the kernels allocate it: in the memory format that `like` suggests."""
+    memory_format = torch._prims_common.suggest_memory_format(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("fastcls::conv_block_forward")
@@ -151,12 +183,12 @@ def _conv_block_forward_fake(
     ceil_mode,
     save_winner,
 ):
+    _check_fake_devices("conv_block", input, weight=weight, bias=bias)
     out = F.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation, groups)
     if pool_size:
         out = F.max_pool2d(out, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     n, k, h, w = out.shape
-    memory_format = torch._prims_common.suggest_memory_format(input)
-    out = input.new_empty((n, k, h, w)).contiguous(memory_format=memory_format)
+    out = _empty_like_kernels((n, k, h, w), input)
     window = pool_size[0] * pool_size[1] if pool_size else 1
     saved = save_winner and (relu or window > 1)
     dtype = torch.uint8 if window <= 255 else torch.int32
@@ -164,18 +196,14 @@ def _conv_block_forward_fake(
 
 
 @torch.library.register_fake("fastcls::conv_block_backward")
-def _conv_block_backward_fake(
-    grad_out, input, weight, winner, *arguments_and_needs
-):
+def _conv_block_backward_fake(grad_out, input, weight, winner, *arguments_and_needs):
     *_, need_input, need_weight, need_bias = arguments_and_needs
-
-    def like(t):
-        memory_format = torch._prims_common.suggest_memory_format(t)
-        return t.new_empty(t.shape).contiguous(memory_format=memory_format)
-
+    _check_fake_devices(
+        "conv_block_backward", input, grad_out=grad_out, weight=weight, winner=winner
+    )
     return (
-        like(input) if need_input else input.new_empty((0,)),
-        like(weight) if need_weight else weight.new_empty((0,)),
+        _empty_like_kernels(input.shape, input) if need_input else input.new_empty((0,)),
+        _empty_like_kernels(weight.shape, weight) if need_weight else weight.new_empty((0,)),
         weight.new_empty((weight.shape[0] if need_bias else 0,)),
     )
 
@@ -213,7 +241,10 @@ def _differentiable_grads(ctx, grad_out):
 
     The winners stay those of the forward pass: they are constants almost everywhere.
     """
-    input, weight, bias, winner = ctx.saved_tensors
+    *tensors, winner = ctx.saved_tensors
+    # Aliases: where one argument was computed from another, or two are the same tensor, the
+    # gradient of one must not run through the other.
+    input, weight, bias = (None if t is None else t.view_as(t) for t in tensors)
     same_dtype = weight.to(input.dtype)
     same_bias = None if bias is None else bias.to(input.dtype)
     out = reference.conv_block_given_winner(input, same_dtype, same_bias, winner, ctx.arguments)
@@ -221,3 +252,169 @@ def _differentiable_grads(ctx, grad_out):
     wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if need else None for need in needs]
+
+
+# ------------------------------------------------------------------------------- cross_entropy
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's own ops number them
+
+
+def cross_entropy(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """Softmax cross-entropy in one op, with its own backward.
+
+    Equal to ``torch.nn.functional.cross_entropy``, corner cases included: the mean over nothing is
+    NaN, −inf logits give what they give there. Log-probabilities are never stored: the backward
+    pass needs ``input``, ``target``, ``weight`` and two numbers per row. Arithmetic is float32
+    (float64 for float64), whatever the dtype of the logits.
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any
+            strides.
+        target: class indices of any integer dtype, () or (1,), (N), (N, d1, ...), each in [0, C) or
+            ``ignore_index``; or class probabilities of input's shape.
+        weight: (C,), one factor per class, or None; input's dtype, or float32 with half-precision
+            logits.
+        ignore_index: rows with this class index add nothing to loss, mean or gradient; their
+            gradient is 0 even where their logits are NaN.
+        reduction: "mean" (weighted with class indices, over rows with probabilities), "sum" or
+            "none".
+        label_smoothing: share of the target that is spread evenly over the classes, at most 1.
+
+    Under autocast, to any dtype, the loss is float32 from half-precision logits read as they are;
+    else it has input's dtype. Dtypes promote with class probabilities as in PyTorch.
+
+    Gradients with respect to probabilities or to their weight, and gradients of gradients, go
+    through PyTorch's own ops.
+
+    Returns:
+        A scalar, or with reduction "none" one loss per row: (), (N) or (N, d1, ...).
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: unknown reduction, or a target of another batch size.
+        IndexError: on the CPU, a class index outside [0, C). On CUDA, where finding out would make
+            the host wait, loss and gradient of such a row are NaN.
+        RuntimeError: shapes, dtypes or devices that do not fit, named in the message.
+    """
+    _check_tensor("cross_entropy", "input", input)
+    _check_tensor("cross_entropy", "target", target)
+    if weight is not None:
+        _check_tensor("cross_entropy", "weight", weight)
+    code = _REDUCTIONS.get(reduction)
+    if code is None:
+        raise ValueError(
+            f'cross_entropy: reduction must be "none", "mean" or "sum", got {reduction!r}'
+        )
+    if _needs_grad(target, weight):
+        return reference.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        )
+    float_loss = input.dtype in _HALF and _autocast_active(input)
+    if target.is_floating_point():
+        input, target, weight, promoted = _promote_probabilities(input, target, weight)
+        float_loss = float_loss or promoted
+    arguments = (ignore_index, code, label_smoothing, float_loss)
+    try:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _CrossEntropy.apply(input, target, weight, *arguments)[0]
+        return _ops.cross_entropy_forward(input, target, weight, *arguments, False)[0]
+    except RuntimeError as error:
+        if "target must have batch size" in str(error):  # PyTorch's type for this mistake
+            raise ValueError(str(error)) from None
+        raise
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _autocast_active(input):
+    device_type = input.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _promote_probabilities(input, target, weight):
+    """input, target and weight in the dtypes that the op takes; does the loss become float32?"""
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    if dtype == input.dtype:
+        kept = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
+        return input, target.to(dtype), kept, False
+    if dtype == torch.float32 and input.dtype in _HALF:  # half logits are read as they are
+        if target.dtype != input.dtype:
+            target = target.float()
+        if weight is not None and weight.dtype != input.dtype:
+            weight = weight.float()
+        return input, target, weight, True
+    return input.to(dtype), target.to(dtype), None if weight is None else weight.to(dtype), False
+
+
+@torch.library.register_fake("fastcls::cross_entropy_forward")
+def _cross_entropy_forward_fake(
+    input, target, weight, ignore_index, reduction, label_smoothing, float_loss, save
+):
+    _check_fake_devices("cross_entropy", input, target=target, weight=weight)
+    batch = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    loss = input.new_empty(() if reduction else batch, dtype=wide if float_loss else input.dtype)
+    rows = 1
+    for size in batch:
+        rows = rows * size
+    return loss, input.new_empty((2 * rows + 1 if save else 0,), dtype=wide)
+
+
+@torch.library.register_fake("fastcls::cross_entropy_backward")
+def _cross_entropy_backward_fake(
+    grad_loss, input, target, weight, saved, ignore_index, reduction, label_smoothing
+):
+    return torch.empty_like(input)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(input, target, weight, ignore_index, reduction, label_smoothing, float_loss):
+        return _ops.cross_entropy_forward(
+            input, target, weight, ignore_index, reduction, label_smoothing, float_loss, True
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, weight, *ctx.arguments, _ = inputs
+        saved = output[1]
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, saved)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 7
+        input, target, weight, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grad = _differentiable_cross_entropy_grad(ctx, grad_loss)
+        else:
+            grad = _ops.cross_entropy_backward(
+                grad_loss, input, target, weight, saved, *ctx.arguments
+            )
+        return grad, None, None, None, None, None, None
+
+
+def _differentiable_cross_entropy_grad(ctx, grad_loss):
+    """The gradient of input as native ops of input and grad_loss, for double backward."""
+    input, target, weight, _ = ctx.saved_tensors
+    ignore_index, code, label_smoothing = ctx.arguments
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if target.is_floating_point():
+        target = target.to(dtype)
+    reduction = next(name for name, value in _REDUCTIONS.items() if value == code)
+    loss = reference.cross_entropy(
+        input.to(dtype),
+        target,
+        None if weight is None else weight.to(dtype),
+        ignore_index,
+        reduction,
+        label_smoothing,
+    )
+    return torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)[0]

@@ -770,11 +770,11 @@ void add_positions(const float* x, const int64_t* run, const float* g, const int
     for (int v = 0; v < kVecs; ++v) sum[r][v].store(dw + (r * kVecs + v) * L);
 }
 
-// dx[...] += Σ_e g[e] · w[channel[e]]. Vectors may reach past a run: there w is zero, and stores go
-// upwards, so that the next run's own lanes are written last.
+// dx[...] += Σ_e g[e] · w[channel[e]]. The last vector of each run has `tail` lanes of its own; what
+// lies behind them belongs to other pixels and is left as it is.
 template <int kRuns, int kVecs>
 void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
-                  const uint8_t* channel, int64_t n) {
+                  const uint8_t* channel, int64_t n, int64_t tail) {
   Vec sum[kRuns][kVecs];
   for (int r = 0; r < kRuns; ++r)
     for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dx + run[r] + v * L);
@@ -785,14 +785,20 @@ void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
       for (int v = 0; v < kVecs; ++v)
         sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
   }
-  for (int r = 0; r < kRuns; ++r)
-    for (int v = 0; v < kVecs; ++v) sum[r][v].store(dx + run[r] + v * L);
+  for (int r = 0; r < kRuns; ++r) {
+    for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(dx + run[r] + v * L);
+    float* last = dx + run[r] + (kVecs - 1) * L;
+    if (tail == L)
+      sum[r][kVecs - 1].store(last);
+    else
+      Vec::select(Vec::first(tail), sum[r][kVecs - 1], Vec::load(last)).store(last);
+  }
 }
 
 using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
                               float*);
 using AddChannels = void (*)(float*, const int64_t*, const float*, const float*, const uint8_t*,
-                             int64_t);
+                             int64_t, int64_t);
 
 template <int kRuns, int... kVecsLessOne>
 AddPositions pick_add_positions(int64_t vecs, std::integer_sequence<int, kVecsLessOne...>) {
@@ -1206,13 +1212,14 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
                      padded_K);
         for (const Pass& pass : passes) {
           const AddChannels add = add_channels_for(pass);
+          const int64_t tail = std::min<int64_t>(runs.length - (pass.vec + pass.vecs - 1) * L, L);
           for (int64_t p = 0, bucket = 0; p < pixels; ++p) {
             float* window = dx.data + pass.vec * L + window_base[p] + p0 * window_row;
             for (int64_t q = 0; q < places; ++q, ++bucket) {
               const int64_t at = bucket * buckets.capacity;
               if (buckets.count[bucket] > 0)
                 add(window + place[q], runs.offset.data() + pass.run, w, buckets.g.data + at,
-                    buckets.channel.data + at, buckets.count[bucket]);
+                    buckets.channel.data + at, buckets.count[bucket], tail);
             }
           }
           w += channels * pass.sums() * L;

@@ -49,6 +49,8 @@ struct Vec {
   static Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return a | b; }
   static unsigned bits(Mask m) { return m; }
+  // The first n lanes.
+  static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 };
@@ -99,6 +101,10 @@ struct Vec {
   static Mask is_nan(Vec a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static unsigned bits(Mask m) { return _mm256_movemask_ps(m); }
+  // The first n lanes.
+  static Mask first(int n) {
+    return greater(set(static_cast<float>(n)), {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)});
+  }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
 };

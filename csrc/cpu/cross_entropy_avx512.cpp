@@ -1,0 +1,28 @@
+// The cross-entropy kernels for AVX-512 (F, BW, DQ, VL).
+#include "cpu/cross_entropy_fast.h"
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include <immintrin.h>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
+#define FASTCLS_AVX512
+
+namespace fastcls::cpu::avx512 {
+#include "cpu/vec.h"
+#include "cpu/vec_math.h"
+#include "cpu/cross_entropy_kernels.h"
+}  // namespace fastcls::cpu::avx512
+
+#pragma GCC pop_options
+
+#endif

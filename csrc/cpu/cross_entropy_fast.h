@@ -1,0 +1,40 @@
+// The fast cross-entropy kernels as the host code sees them: one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cross_entropy_general.h"
+
+namespace fastcls::cpu {
+
+// Same meaning as forward_general and backward_general, for logits and probabilities of dtype T.
+template <typename T>
+struct CrossEntropyKernels {
+  void (*forward)(const RowRun<T, T, float>& run);
+  void (*backward)(const RowRun<T, T, float>& run);
+};
+
+// Rows are put side by side, one to a lane, in a tile of C vectors on the stack. It stays within
+// the first-level cache (16 KiB of AVX-512 vectors).
+constexpr int64_t kMaxTileClasses = 256;
+
+template <typename T, typename P, typename Acc>
+bool classes_are_adjacent(const RowRun<T, P, Acc>& run) {
+  return run.x_class == 1 && (!run.prob || run.t_class == 1) && (!run.grad || run.grad_class == 1);
+}
+
+template <typename T, typename P, typename Acc>
+bool fast_path_serves(const RowRun<T, P, Acc>& run) {
+  return run.C > 0 && (classes_are_adjacent(run) || run.C <= kMaxTileClasses);
+}
+
+namespace avx2 {
+template <typename T>
+CrossEntropyKernels<T> cross_entropy_kernels();
+}
+namespace avx512 {
+template <typename T>
+CrossEntropyKernels<T> cross_entropy_kernels();
+}
+
+}  // namespace fastcls::cpu

@@ -1,0 +1,124 @@
+"""Builds the CUDA kernels for the host with g++; registers them as ``torch.ops.fastcls_emulated``.
+
+Those ops take CPU tensors. Run as a program, this file runs a command with AddressSanitizer, which
+then also watches the emulated kernels:
+
+    python tests/emulator/build.py pytest tests -k emulated
+"""
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE.parents[1] / "build" / "emulator"  # objects and libraries, named by their content
+
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+
+
+def under_sanitizer():
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def sanitizer_environment():
+    """Environment in which a Python program can load a library built with AddressSanitizer."""
+    # libstdc++ too: AddressSanitizer looks for the C++ throw when it starts, and Python has none.
+    runtimes = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    # Python and torch leave much to the end of the process: leaks say nothing here.
+    return {**os.environ, "LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"emulator build failed: {' '.join(command)}\n{done.stdout}{done.stderr}"
+        )
+
+
+def _digest(flags, *files):
+    digest = hashlib.sha256(repr(flags).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write(target, command):
+    """Runs `command` + [target] unless that was done before; other processes see it whole."""
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
+        _run([*command, str(partial)])
+        partial.replace(target)
+    return target
+
+
+def build(name, sources, flags=(), libraries=()):
+    """Shared library of C++ sources (CUDA ones among them); cached by content."""
+    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", *flags]
+    # A checked longjmp takes a change of stacks for an error. The emulator's cuda/device.h and
+    # cuda/common.h are found before those of csrc.
+    flags += [
+        "-U_FORTIFY_SOURCE",
+        "-Wno-unknown-pragmas",
+        f"-I{HERE}",
+        f"-I{CSRC}",
+        *(SANITIZE * under_sanitizer()),
+    ]
+    headers = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *HERE.glob("cuda/*.h")])
+
+    def compiled(source):
+        target = BUILD / f"{source.stem}-{_digest(flags, source, *headers)}.o"
+        return _write(target, ["g++", *flags, "-x", "c++", "-c", str(source), "-o"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(o) for o in pool.map(compiled, sources)]
+    target = BUILD / f"{name}-{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}.so"
+    link = ["g++", "-shared", *(SANITIZE * under_sanitizer()), *objects, *libraries]
+    return _write(target, [*link, "-o"])
+
+
+def _define_ops(names):
+    """The schemas of ``torch.ops.fastcls``, again in the emulator's namespace."""
+    import torch
+
+    library = torch.library.Library("fastcls_emulated", "DEF")
+    for name in names:
+        schema = str(getattr(torch.ops.fastcls, name).default._schema)
+        library.define(schema.removeprefix("fastcls::"))
+    return library
+
+
+@functools.cache
+def load():
+    """Builds and loads the emulated ops; returns ``torch.ops.fastcls_emulated``."""
+    import torch
+
+    import fastcls  # noqa: F401  registers the schemas
+
+    torch_home = Path(torch.__file__).parent
+    flags = [
+        f"-isystem{torch_home}/include",
+        "-DTORCH_TARGET_VERSION=0x020A000000000000",
+        "-DFASTCLS_CUDA_NAMESPACE=fastcls_emulated",
+        "-DFASTCLS_CUDA_KEY=CPU",
+    ]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*.cpp"))]
+    sources.append(HERE / "emulator.cpp")
+    path = build("fastcls_emulated", sources, flags, [f"-L{torch_home}/lib", "-ltorch_cpu"])
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastcls::")]
+    load.library = _define_ops(sorted(n.removeprefix("fastcls::") for n in names))  # kept alive
+    torch.ops.load_library(path)
+    return torch.ops.fastcls_emulated
+
+
+if __name__ == "__main__":
+    os.execvpe(sys.argv[1], sys.argv[1:], sanitizer_environment())

@@ -1,0 +1,130 @@
+"""The emulator runs warp functions as a device does, and reports the faults it claims to see."""
+
+import ctypes
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import build
+
+HERE = Path(__file__).parent
+SOURCES = [HERE / "emulator.cpp", HERE / "probes.cpp"]
+
+
+def call(name, *arguments):
+    """Runs a probe; returns what the emulator reported, "" for nothing."""
+    library = ctypes.CDLL(str(build.build("probes", SOURCES)))
+    message = ctypes.create_string_buffer(1000)
+    getattr(library, f"probe_{name}")(message, *arguments)
+    return message.value.decode()
+
+
+def ints(values):
+    return (ctypes.c_int * len(values))(*values)
+
+
+def floats(values):
+    return (ctypes.c_float * len(values))(*values)
+
+
+def test_warp_sums():
+    sums = floats([0, 0])
+    assert call("sum_warps", floats(range(64)), sums) == ""
+    assert list(sums) == [sum(range(32)), sum(range(32, 64))]
+
+
+def lanes(source, width):
+    """Lane from which each lane reads, with the device's rule: outside the group means itself."""
+    result = []
+    for lane in range(32):
+        first = lane // width * width
+        wanted = source(lane, first)
+        result.append(wanted if first <= wanted < first + width else lane)
+    return result
+
+
+@pytest.mark.parametrize("width", [32, 16, 8, 2])
+def test_shuffles(width):
+    x, out = ints([100 + lane for lane in range(32)]), ints([0] * 32)
+    expected = {
+        0: lanes(lambda lane, first: first + 5 % width, width),
+        1: lanes(lambda lane, first: lane + 5, width),
+    }
+    for mode, source in expected.items():
+        assert call("shuffle", mode, 5, width, x, out) == ""
+        assert [v - 100 for v in out] == source
+    # Of xor the device says: a lane may read from a lower group, not from a higher one.
+    assert call("shuffle", 2, 5, width, x, out) == ""
+    xor = [lane ^ 5 if (lane ^ 5) // width <= lane // width else lane for lane in range(32)]
+    assert [v - 100 for v in out] == xor
+
+
+def test_ballot():
+    votes = [int(lane % 3 == 0) for lane in range(32)]
+    out = (ctypes.c_uint * 32)()
+    assert call("ballot", ints(votes), out) == ""
+    assert set(out) == {sum(vote << lane for lane, vote in enumerate(votes))}
+
+
+@pytest.mark.parametrize("step", [1, 63])
+def test_shared_memory_with_and_without_its_barrier(step):
+    x, out = floats(range(64)), floats([0] * 64)
+    expected = [(i + step) % 64 for i in range(64)]
+    assert call("rotate", step, 1, x, out) == ""
+    assert list(out) == expected
+    # Whichever neighbour is read, one of the two orders in which threads run shows the fault: it
+    # reads what nobody has written yet, which is NaN.
+    stale = 0
+    for _ in range(2):
+        call("rotate", step, 0, x, out)
+        stale += sum(math.isnan(v) for v in out)
+    assert stale >= 60
+
+
+def test_a_barrier_that_some_threads_miss_is_reported():
+    assert call("barrier_for", 64) == ""
+    report = call("barrier_for", 33)
+    assert "threads wait for ever (block 0, 0, 0)" in report
+    assert "31 of 64 threads have returned, __syncthreads reached by 33" in report
+    assert call("barrier_for", 64) == ""  # the emulator is whole again
+
+
+def test_a_shuffle_that_some_lanes_miss_is_reported():
+    assert call("shuffle_for", 64) == ""
+    assert "warp function reached by 8 lanes of warp 1" in call("shuffle_for", 40)
+
+
+def test_launches_that_no_device_takes_are_reported():
+    assert call("launch", 65535, 32) == ""
+    assert "invalid grid" in call("launch", 65536, 32)
+    assert "invalid grid" in call("launch", 0, 32)
+    assert "invalid block of 1025 threads" in call("launch", 1, 1025)
+    assert "65536 bytes of shared memory" in call("take_shared")
+
+
+@pytest.mark.parametrize("probe", ["write_at", "write_shared_at"])
+@pytest.mark.parametrize("index", [7, 8])
+def test_a_write_past_the_end_is_caught_by_address_sanitizer(probe, index):
+    program = f"""if True:
+        import ctypes, sys
+        sys.path.insert(0, {str(HERE.parent)!r})
+        from emulator.test_emulator import call
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        out = [ctypes.c_void_p(libc.malloc(32))] if {probe!r} == "write_at" else []
+        print(call({probe!r}, {index}, *out))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=build.sanitizer_environment(),
+        capture_output=True,
+        text=True,
+    )
+    if index < 8:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
+        assert probe in done.stderr

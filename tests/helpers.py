@@ -1,0 +1,68 @@
+"""Data, layouts and error bounds that the op tests share."""
+
+import torch
+
+# Memory layouts of a 4D tensor. Every one but "expanded" holds the values it is given.
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "channels_last_sliced",
+    "strided",
+    "transposed",
+    "expanded",
+]
+
+
+def with_layout(t, layout):
+    """`t` laid out in memory as `layout` says.
+
+    The sliced and strided ones lie between NaNs in a bigger tensor, so that a read outside shows
+    in the result; "expanded" repeats the first channel of the first image with strides of 0.
+    """
+    if layout == "contiguous":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return t[:1, :1].clone().expand(t.shape)
+    step = 2 if layout == "strided" else 1
+    n, c, h, w = t.shape
+    bigger = t.new_full((n + 1, c + 2, h + 3, step * w + 2), torch.nan)
+    if layout == "channels_last_sliced":
+        bigger = bigger.contiguous(memory_format=torch.channels_last)
+    return bigger[1:, 1:-1, 2:-1, 1 : step * w + 1 : step].copy_(t)
+
+
+def is_channels_last(layout):
+    return layout.startswith("channels_last")
+
+
+def assert_error_within_twice_native(ours, natives, exact, what):
+    """Against `exact`, ours has at most twice native's error: largest and root mean square.
+
+    Native's error is the larger one of `natives`: PyTorch has several kernels for one result, which
+    differ by a factor of three. Two ulps of the values are always allowed, where native happens to
+    be exact. In float64 `exact` is no better than `ours`, and long sums differ by more: 64 ulps.
+    """
+    assert ours.shape == exact.shape, f"{what}: shape {ours.shape}, expected {exact.shape}"
+    if exact.numel() == 0:
+        return
+    assert exact.isfinite().all(), f"{what}: the reference is not finite"
+    floor = torch.finfo(ours.dtype).eps * (64 if ours.dtype == torch.float64 else 2)
+    for norm, size in (
+        ("max", lambda t: t.abs().max()),
+        ("rms", lambda t: t.square().mean().sqrt()),
+    ):
+        error = size(ours.double() - exact)
+        bound = 2 * max(size(n.double() - exact) for n in natives) + floor * size(exact)
+        assert error <= bound, f"{what}: {norm} error {error:.3e}, bound {bound:.3e}"
+
+
+def assert_same(ours, expected, what):
+    """Bit for bit the same numbers, NaN equal to NaN; dtype included."""
+    torch.testing.assert_close(
+        ours, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )

@@ -1,0 +1,728 @@
+"""cross_entropy against torch.nn.functional.cross_entropy in float64."""
+
+import copy
+import itertools
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LAYOUTS, assert_error_within_twice_native, with_layout
+
+from fastcls import FusedCrossEntropyLoss, functional, reference
+from fastcls.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
+import build as emulator  # noqa: E402
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INDEX_DTYPES = [
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+REDUCTIONS = ["none", "mean", "sum"]
+IGNORED = -100
+
+# (shape of the logits, what it is for)
+SHAPES = [
+    ((10,), "one row without a batch"),
+    ((2, 1), "one class: loss and gradient are 0"),
+    ((5, 2), "fewer rows and classes than a vector has lanes"),
+    ((37, 10), "few classes, whole vectors of rows and a rest"),
+    ((3, 17), "odd number of classes"),
+    ((19, 100), "a hundred classes"),
+    ((3, 1000), "a thousand classes"),
+    ((2, 5003), "more classes than a block of rows holds elements of a row"),
+    ((2, 7, 9), "classes strided, rows next to each other"),
+    ((2, 3, 4, 5), "segmentation map"),
+    ((2, 33, 2, 3, 2), "five dimensions"),
+]
+SHAPE_IDS = ["x".join(map(str, shape)) for shape, _ in SHAPES]
+
+
+def batch_shape(shape):
+    return shape[:1] + shape[2:] if len(shape) > 1 else ()
+
+
+def make_case(shape, kind, dtype=torch.float32, device="cpu", seed=0, scale=3.0):
+    """Logits and target; 30 % of the rows of an index target are ignored, never the first one."""
+    generator = torch.Generator().manual_seed(seed)
+    class_dim = 1 if len(shape) > 1 else 0
+    input = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    if kind == "prob":
+        target = torch.rand(shape, generator=generator).softmax(class_dim).to(dtype)
+    else:
+        rows = batch_shape(shape)
+        target = torch.randint(shape[class_dim], rows, generator=generator)
+        if kind == "ignore":
+            target[torch.rand(rows, generator=generator) < 0.3] = IGNORED
+            target.view(-1)[:1] = shape[class_dim] - 1
+    return input.to(device), target.to(device)
+
+
+def class_weight(C, dtype=torch.float32, device="cpu"):
+    return (torch.arange(C) % 5 * 0.3 + 0.2).to(device, dtype)
+
+
+def value_and_grad(function, input, target, **arguments):
+    """Loss, and gradient of the logits under a fixed, uneven gradient of the loss."""
+    input = input.detach().requires_grad_()
+    loss = function(input, target, **arguments)
+    grad_loss = torch.linspace(0.5, 1.5, max(loss.numel(), 1), device=loss.device)
+    grad_loss = grad_loss[: loss.numel()].view(loss.shape).to(loss.dtype)
+    (grad,) = torch.autograd.grad(loss, input, grad_loss)
+    return loss.detach(), grad
+
+
+def in_dtype(target, dtype):
+    return target.to(dtype) if target.is_floating_point() else target
+
+
+def scale_of(t):
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def assert_like_native(input, target, weight=None, what="", **arguments):
+    """Loss and gradient as good as those of PyTorch in float32, both against float64."""
+
+    def native(dtype):
+        w = None if weight is None else weight.to(dtype)
+        x, t = input.to(dtype), in_dtype(target, dtype)
+        return value_and_grad(reference.cross_entropy, x, t, weight=w, **arguments)
+
+    ours = value_and_grad(cross_entropy, input, target, weight=weight, **arguments)
+    exact = native(torch.float64)
+    single = native(torch.promote_types(input.dtype, torch.float32))
+    for name, mine, theirs, true in zip(("loss", "grad"), ours, single, exact, strict=True):
+        assert mine.dtype == input.dtype
+        if input.dtype == torch.float64:  # the reference's own rounding is as large as ours
+            torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13 * scale_of(true))
+            continue
+        assert_error_within_twice_native(mine, [theirs.to(mine.dtype)], true, f"{what} {name}")
+
+
+# ------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["index", "ignore", "prob"])
+@pytest.mark.parametrize("shape", [s for s, _ in SHAPES], ids=SHAPE_IDS)
+def test_parity(device, shape, kind, reduction, dtype):
+    input, target = make_case(shape, kind, dtype, device)
+    C = shape[min(1, len(shape) - 1)]
+    weights = [None, class_weight(C, dtype, device)]
+    for weight, smoothing in itertools.product(weights, (0.0, 0.1)):
+        assert_like_native(
+            input,
+            target,
+            weight,
+            what=f"weight={weight is not None} smoothing={smoothing}",
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+
+@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
+def test_index_dtypes(device, dtype):
+    input, target = make_case((9, 10), "index", device=device)
+    expected = value_and_grad(cross_entropy, input, target)
+    torch.testing.assert_close(
+        value_and_grad(cross_entropy, input, target.to(dtype)), expected, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 255])
+def test_ignore_index(device, ignore_index):
+    input, target = make_case((40, 10), "index", device=device)
+    target[::3] = ignore_index
+    for weight, smoothing in itertools.product([None, class_weight(10, device=device)], [0.0, 0.2]):
+        assert_like_native(
+            input, target, weight, ignore_index=ignore_index, label_smoothing=smoothing
+        )
+
+
+def test_uint8_can_ignore_255(device):
+    input, target = make_case((9, 10), "index", device=device)
+    target[2] = 255
+    expected = F.cross_entropy(input, target, ignore_index=255)
+    torch.testing.assert_close(
+        cross_entropy(input, target.to(torch.uint8), ignore_index=255), expected
+    )
+
+
+@pytest.mark.parametrize("kind", ["index", "prob"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weight_with_half_logits(device, dtype, kind):
+    input, target = make_case((9, 10), kind, dtype, device)
+    weight = class_weight(10, device=device) + 0.01
+    loss = cross_entropy(input, target, weight)
+    expected = F.cross_entropy(input.float(), in_dtype(target, torch.float32), weight)
+    assert loss.dtype == (dtype if kind == "index" else torch.float32)
+    torch.testing.assert_close(loss, expected.to(loss.dtype))
+
+
+@pytest.mark.parametrize("logits", DTYPES, ids=str)
+@pytest.mark.parametrize("probabilities", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [None, *DTYPES], ids=str)
+def test_probabilities_promote_as_in_pytorch(device, logits, probabilities, weight):
+    input, target = make_case((6, 5), "prob", torch.float32, device)
+    input, target = input.to(logits).requires_grad_(), target.to(probabilities)
+    weight = None if weight is None else class_weight(5, weight, device)
+    loss = cross_entropy(input, target, weight)
+    assert loss.dtype == F.cross_entropy(input, target, weight).dtype
+    double = None if weight is None else weight.double()
+    exact = F.cross_entropy(input.double(), target.double(), double)
+    torch.testing.assert_close(loss, exact.to(loss.dtype))
+    (grad,) = torch.autograd.grad(loss, input)
+    assert grad.dtype == logits
+
+
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(device, dtype, layout, kind):
+    input, target = make_case((3, 5, 4, 6), kind, dtype, device)
+    input = with_layout(input, layout)
+    if kind == "prob":
+        target = with_layout(target, "sliced")
+    for reduction in REDUCTIONS:
+        assert_like_native(input, target, what=layout, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("C", [10, 100])
+@pytest.mark.parametrize("view", ["rows", "classes", "transposed", "expanded"])
+def test_matrix_views(device, view, C):
+    input, target = make_case((12, C), "index", device=device)
+    bigger = torch.full((25, 2 * C + 1), NAN, device=device)
+    if view == "rows":
+        input = bigger[1::2, :C].copy_(input)
+    elif view == "classes":
+        input = bigger[:12, 1::2].copy_(input)
+    elif view == "transposed":
+        input = input.t().contiguous().t()
+    else:
+        input = input[:1].expand(12, C)
+    assert_like_native(input, target, class_weight(C, device=device), what=view)
+
+
+def test_strided_targets_and_weights(device):
+    input, target = make_case((12, 10), "index", device=device)
+    weight = class_weight(20, device=device)[::2]
+    strided = torch.full((24,), 99, device=device)[::2].copy_(target)
+    assert_like_native(input, strided, weight)
+
+
+def test_permuted_maps_that_do_not_merge(device):
+    input, _ = make_case((2, 3, 4, 5, 3), "index", device=device)
+    target = torch.randint(4, (2, 3, 5, 3), generator=torch.Generator().manual_seed(1)).to(device)
+    assert_like_native(input.permute(0, 2, 1, 4, 3), target.permute(0, 1, 3, 2), reduction="none")
+
+
+def test_gradient_keeps_the_memory_format(device):
+    input, target = make_case((2, 3, 4, 5), "index", device=device)
+    input = with_layout(input, "channels_last")
+    _, grad = value_and_grad(cross_entropy, input, target)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------- numbers at the edges
+
+
+@pytest.mark.parametrize("C", [10, 100])
+@pytest.mark.parametrize("shift", [-1e4, -100.0, 100.0, 1e4])
+def test_shifted_logits_keep_their_digits(device, shift, C):
+    input, target = make_case((33, C), "index", device=device, scale=10.0)
+    assert_like_native(input + shift, target, what=f"shift {shift}", reduction="none")
+
+
+@pytest.mark.parametrize("C", [10, 100])
+@pytest.mark.parametrize("magnitude", [50.0, 200.0, 1e4, 3e38])
+def test_large_logits(device, magnitude, C):
+    input = torch.full((3, C), -magnitude / 2, device=device)
+    input[:, 0], input[:, -1] = magnitude / 2, -magnitude / 2 + 1
+    assert_like_native(input, torch.tensor([0, 1, C - 1], device=device), reduction="none")
+
+
+EDGE_ROWS = {
+    "-inf beside the target": ([0.0, -INF, 1.0, 2.0, 3.0], 0),
+    "-inf at the target": ([0.0, -INF, 1.0, 2.0, 3.0], 1),
+    "one finite logit": ([-INF, -INF, 1.0, -INF, -INF], 2),
+    "all -inf": ([-INF] * 5, 0),
+    "+inf": ([0.0, INF, 1.0, 2.0, 3.0], 0),
+    "+inf at the target": ([0.0, INF, 1.0, 2.0, 3.0], 1),
+    "nan": ([0.0, NAN, 1.0, 2.0, 3.0], 0),
+    "nan at the end": ([0.0, 1.0, 2.0, 3.0, NAN], 0),
+    "all nan": ([NAN] * 5, 0),
+    "-inf in an ignored row": ([0.0, -INF, 1.0, 2.0, 3.0], IGNORED),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("edge", EDGE_ROWS)
+def test_infinite_and_nan_logits(device, edge, weighted, smoothing, C, rows):
+    logits, target = EDGE_ROWS[edge]
+    input = torch.tensor([logits + [0.5] * (C - 5)] * rows, device=device)
+    weight = torch.ones(C, device=device) if weighted else None
+    if weighted:
+        weight[1] = 0.0  # 0 * -inf is NaN in PyTorch's loss, not in its gradient
+    index = torch.full((rows,), target, device=device)
+    prob = F.one_hot(index.clamp(min=0), C).float()
+    for t in [index, prob] if target >= 0 else [index]:
+        arguments = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+        ours = value_and_grad(cross_entropy, input, t, **arguments)
+        native = value_and_grad(reference.cross_entropy, input, t, **arguments)
+        torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+def test_ignored_rows_have_no_gradient_even_where_logits_are_nan(device):
+    input = torch.full((3, 5), NAN, device=device)
+    loss, grad = value_and_grad(
+        cross_entropy, input, torch.full((3,), IGNORED, device=device), reduction="sum"
+    )
+    assert loss == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["index", "prob"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 5, 0), (4, 0)])
+def test_empty(device, shape, kind):
+    input = torch.randn(shape, device=device)
+    if kind == "prob":
+        target = torch.rand(shape, device=device)
+    else:
+        target = torch.full(batch_shape(shape), IGNORED, device=device)
+    for reduction in REDUCTIONS:
+        ours = value_and_grad(cross_entropy, input, target, reduction=reduction)
+        native = value_and_grad(F.cross_entropy, input, target, reduction=reduction)
+        torch.testing.assert_close(ours, native, equal_nan=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_nothing_is_nan(device, smoothing):
+    input, target = torch.randn(3, 5, device=device), torch.full((3,), IGNORED, device=device)
+    loss, grad = value_and_grad(cross_entropy, input, target, label_smoothing=smoothing)
+    assert loss.isnan() and (grad == 0).all()
+    zero = torch.zeros(5, device=device)
+    loss, grad = value_and_grad(cross_entropy, input, target.clamp(min=0), weight=zero)
+    assert loss.isnan() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("smoothing", [-0.5, NAN, 1.0])
+def test_extreme_smoothing(device, smoothing):
+    input, target = make_case((4, 5), "index", device=device)
+    expected = F.cross_entropy(input, target, label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy(input, target, label_smoothing=smoothing), expected)
+
+
+# ------------------------------------------------------------------ defects seen elsewhere
+
+
+def test_bfloat16_loss_has_float32_inside(device):
+    input, target = make_case((512, 10), "index", torch.bfloat16, device)
+    with torch.autocast(input.device.type, torch.bfloat16):
+        loss = cross_entropy(input, target)
+    exact = F.cross_entropy(input.double(), target)
+    assert loss.dtype == torch.float32
+    assert abs(loss.double() - exact) < 1e-6 * exact
+
+
+def test_half_gradient_at_the_target_is_not_rounded_twice(device):
+    # A softmax stored in half precision before 1 is subtracted would give exactly 0 here.
+    input = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16, device=device)
+    input.requires_grad_()
+    loss = cross_entropy(input, torch.tensor([0], device=device))
+    (grad,) = torch.autograd.grad(loss, input)
+    exact = -2 * torch.exp(torch.tensor(-12.0)) / (1 + 2 * torch.exp(torch.tensor(-12.0)))
+    torch.testing.assert_close(grad[0, 0].float().cpu(), exact, rtol=0.01, atol=0)
+
+
+def test_nothing_of_the_caller_is_overwritten(device):
+    for kind, dtype in itertools.product(["ignore", "prob"], DTYPES):
+        input, target = make_case((21, 10), kind, dtype, device)
+        weight = class_weight(10, dtype, device)
+        before = [t.clone() for t in (input, target, weight)]
+        x = input.requires_grad_()
+        loss = cross_entropy(x, target, weight, label_smoothing=0.1)
+        grad_loss = torch.full_like(loss, 3.0)
+        first = torch.autograd.grad(loss, x, grad_loss, retain_graph=True)[0]
+        kept = first.clone()
+        second = torch.autograd.grad(loss, x, grad_loss)[0]
+        assert (first == kept).all() and (second == kept).all()
+        assert first.data_ptr() != second.data_ptr()
+        for t, old in zip((input, target, weight), before, strict=True):
+            assert (t == old).all()
+        assert (grad_loss == 3.0).all()
+
+
+def test_gradients_accumulate_over_two_backward_passes(device):
+    input, target = make_case((21, 10), "index", device=device)
+    input.requires_grad_()
+    loss = cross_entropy(input, target)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    (once,) = torch.autograd.grad(F.cross_entropy(input, target), input)
+    torch.testing.assert_close(input.grad, 3 * once)
+
+
+@pytest.mark.parametrize("scale", [INF, NAN, 0.0, 65536.0])
+def test_loss_scales_pass_through(device, scale):
+    for C in (10, 100):
+        input, target = make_case((9, C), "ignore", device=device)
+        input.requires_grad_()
+        losses = (function(input, target) for function in (cross_entropy, reference.cross_entropy))
+        ours, native = (torch.autograd.grad(loss * scale, input)[0] for loss in losses)
+        # inf - inf at the target is NaN in PyTorch; ours is inf: both are found by GradScaler.
+        assert (ours.isfinite() == native.isfinite()).all()
+        finite = native.isfinite()
+        torch.testing.assert_close(ours[finite], native[finite], rtol=1e-5, atol=0)
+
+
+def test_offsets_past_two_to_the_31st(device):
+    # Two rows more than 2^31 elements apart, in one allocation that is never touched between them.
+    C, distance = 4, 2**31 + 8
+    storage = torch.empty(distance + C, dtype=torch.bfloat16, device=device)
+    input = storage.as_strided((2, C), (distance, 1))
+    small, target = make_case((2, C), "index", torch.bfloat16, device)
+    input.copy_(small)
+    assert cross_entropy(input, target) == cross_entropy(small, target)
+
+
+def test_sums_do_not_depend_on_threads():
+    input, target = make_case((5000, 10), "index", seed=3)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(value_and_grad(cross_entropy, input, target))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert loss == results[0][0] and (grad == results[0][1]).all()
+
+
+# ------------------------------------------------------------------------- PyTorch's systems
+
+
+@pytest.mark.parametrize("active", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(device, dtype, kind, active):
+    input, target = make_case((33, 10), kind, dtype, device)
+    weight = class_weight(10, device=device).to(dtype)
+    with torch.autocast(input.device.type, active):
+        loss, grad = value_and_grad(cross_entropy, input, target, weight=weight)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected, expected_grad = value_and_grad(
+        F.cross_entropy, input.to(wide), in_dtype(target, wide), weight=weight.to(wide)
+    )
+    assert loss.dtype == wide and grad.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad.to(dtype))
+
+
+GRADCHECK_CASES = list(itertools.product(["ignore", "prob"], [False, True], [0.0, 0.2], REDUCTIONS))
+
+
+@pytest.mark.parametrize("kind, weighted, smoothing, reduction", GRADCHECK_CASES)
+def test_gradcheck(device, kind, weighted, smoothing, reduction):
+    input, target = make_case((4, 3, 2), kind, torch.float64, device, scale=1.0)
+    weight = class_weight(3, torch.float64, device) if weighted else None
+
+    def function(x):
+        return cross_entropy(x, target, weight, -100, reduction, smoothing)
+
+    assert torch.autograd.gradcheck(function, input.requires_grad_())
+    assert torch.autograd.gradgradcheck(function, input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_double_backward_in_lower_precision(device, dtype):
+    def hessian_vector(function, x, t):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(function(x, t), x, create_graph=True)
+        return torch.autograd.grad((grad * direction.to(grad.dtype)).sum(), x)[0]
+
+    input, target = make_case((6, 5), "ignore", dtype, device)
+    direction = torch.linspace(-1, 1, 30, device=device).view(6, 5)
+    ours = hessian_vector(cross_entropy, input, target)
+    exact = hessian_vector(F.cross_entropy, input.double(), target)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_gradients_of_probabilities_and_their_weight(device):
+    input, target = make_case((6, 5), "prob", torch.float64, device)
+    weight = class_weight(5, torch.float64, device)
+    tensors = [t.requires_grad_() for t in (input, target, weight)]
+    assert torch.autograd.gradcheck(cross_entropy, tensors)
+
+
+def test_weight_of_indices_has_no_gradient_as_in_pytorch(device):
+    input, target = make_case((6, 5), "index", device=device)
+    weight = class_weight(5, device=device).requires_grad_()
+    with pytest.raises(RuntimeError, match="weight"):
+        cross_entropy(input, target, weight)
+    with torch.no_grad():
+        cross_entropy(input, target, weight)
+
+
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_opcheck(device, kind, reduction):
+    ops, code = torch.ops.fastcls, REDUCTIONS.index(reduction)
+    for dtype, float_loss in [(torch.float32, False), (torch.bfloat16, True)]:
+        input, target = make_case((4, 6, 3), kind, dtype, device)
+        weight = class_weight(6, device=device)
+        weight = weight if dtype.itemsize == 2 else weight.to(dtype)
+        settings = (-100, code, 0.1)
+        arguments = (input, target, weight, *settings, float_loss, True)
+        torch.library.opcheck(ops.cross_entropy_forward.default, arguments)
+        loss, saved = ops.cross_entropy_forward(*arguments)
+        torch.library.opcheck(
+            ops.cross_entropy_backward.default,
+            (torch.ones_like(loss), input, target, weight, saved, *settings),
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["index", "prob"])
+def test_compile(device, kind, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (6, 9):
+        input, target = make_case((rows, 5), kind, device=device)
+        for reduction in REDUCTIONS:
+            arguments = {"reduction": reduction, "label_smoothing": 0.1}
+            torch.testing.assert_close(
+                value_and_grad(compiled, input, target, **arguments),
+                value_and_grad(cross_entropy, input, target, **arguments),
+            )
+
+
+def test_compile_with_inductor_under_autocast(device):
+    torch._dynamo.reset()
+
+    def step(x, w, t):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return cross_entropy(x @ w, t)
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(8, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    x, w = x.to(device), w.to(device).requires_grad_()
+    target = torch.arange(8, device=device) % 5
+    loss = torch.compile(step, fullgraph=True)(x, w, target)
+    expected = step(x, w, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-3)
+    grads = [torch.autograd.grad(value, w)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2)
+
+
+def test_func_grad_and_vmap(device):
+    input, target = make_case((6, 5), "index", device=device)
+    expected = torch.func.grad(F.cross_entropy)(input, target)
+    torch.testing.assert_close(torch.func.grad(cross_entropy)(input, target), expected)
+    hessian = torch.func.grad(lambda x: torch.func.grad(cross_entropy)(x, target).square().sum())
+    native = torch.func.grad(lambda x: torch.func.grad(F.cross_entropy)(x, target).square().sum())
+    torch.testing.assert_close(hessian(input), native(input))
+
+
+def test_module(device):
+    module = FusedCrossEntropyLoss(class_weight(10), label_smoothing=0.1).to(device)
+    native = torch.nn.CrossEntropyLoss(class_weight(10), label_smoothing=0.1).to(device)
+    input, target = make_case((7, 10), "index", device=device)
+    for loss in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(loss(input, target), native(input, target))
+    module.load_state_dict(native.state_dict())
+    assert repr(module) == "FusedCrossEntropyLoss()"
+
+
+def test_meta_tensors():
+    input = torch.empty(4, 5, device="meta", requires_grad=True)
+    loss = cross_entropy(input, torch.empty(4, device="meta", dtype=torch.int64))
+    loss.backward()
+    assert loss.shape == () and input.grad.shape == input.shape
+
+
+# ------------------------------------------------------------------------------- errors
+
+X, Y, P = torch.zeros(4, 5), torch.arange(4), torch.full((4, 5), 0.2)
+
+
+def error(exception, message, *args, **kwargs):
+    return pytest.param(exception, message, args, kwargs, id=message)
+
+
+@pytest.mark.parametrize(
+    "exception, message, args, kwargs",
+    [
+        error(TypeError, "input must be a Tensor, got list", [[1.0]], Y),
+        error(TypeError, "target must be a Tensor, got list", X, [0, 1, 2, 3]),
+        error(TypeError, "weight must be a Tensor, got list", X, Y, [1.0] * 5),
+        error(ValueError, 'reduction must be "none", "mean" or "sum", got \'avg\'', X, Y,
+              reduction="avg"),
+        error(ValueError, 'reduction must be "none", "mean" or "sum", got None', X, Y,
+              reduction=None),
+        error(RuntimeError, "label_smoothing must be between 0.0 and 1.0, got 1.5", X, Y,
+              label_smoothing=1.5),
+        error(RuntimeError, "input must be float32, float64, bfloat16 or float16, got Long",
+              X.long(), Y),
+        error(RuntimeError, "input must be float32, float64, bfloat16 or float16, got ComplexFloat",
+              X.to(torch.complex64), Y),
+        error(RuntimeError, "input must have shape (C), (N, C) or (N, C, d1, ...), got ()",
+              X[0, 0], Y[0]),
+        error(ValueError, "target must have batch size 4 like input, got (3,)", X, Y[:3]),
+        error(ValueError, "target must have batch size 4 like input, got ()", X, Y[0]),
+        error(ValueError, "target must have batch size 1, shape () or (1,), with a 1D input, got (2,)",
+              X[0], Y[:2]),
+        error(RuntimeError, "target must have shape (4,) (class indices) or (4, 5) (class "
+              "probabilities), got (4, 1)", X, Y[:, None]),
+        error(RuntimeError, "target must have shape (4, 3) (class indices) or (4, 5, 3) (class "
+              "probabilities), got (4, 2)", torch.zeros(4, 5, 3), torch.zeros(4, 2).long()),
+        error(RuntimeError, "target must have shape (4,) (class indices) or (4, 5) (class "
+              "probabilities), got (4, 4)", X, torch.rand(4, 4)),
+        error(RuntimeError, "target must have an integer dtype (class indices of shape (4,)), "
+              "got Bool", X, Y.bool()),
+        error(RuntimeError, "target must have an integer dtype (class indices of shape (4,)), "
+              "got Float", X, Y.float()),
+        error(RuntimeError, "target must have a floating point dtype (class probabilities, as it "
+              "has input's shape (4, 5)), got Long", X, P.long()),
+        error(RuntimeError, "ignore_index must be negative (unused) with class probabilities, "
+              "got 2", X, P, ignore_index=2),
+        error(RuntimeError, "weight must have shape (5,), one value per class, got (4,)", X, Y,
+              torch.ones(4)),
+        error(RuntimeError, "weight must have shape (5,), one value per class, got (1, 5)", X, P,
+              torch.ones(1, 5)),
+        error(RuntimeError, "weight must be Float like input, got Double", X, Y,
+              torch.ones(5).double()),
+        error(RuntimeError, "weight must be Half like input or Float, got BFloat16", X.half(), Y,
+              torch.ones(5).bfloat16()),
+        error(IndexError, "target must be in [0, 5) or ignore_index, got 5 in row 2", X,
+              torch.tensor([0, 1, 5, 7])),
+        error(IndexError, "target must be in [0, 5) or ignore_index, got -1 in row 1", X,
+              torch.tensor([0, -1, 2, 3]), label_smoothing=0.1),
+        error(IndexError, "target must be in [0, 5) or ignore_index, got 255 in row 0", X,
+              torch.tensor([255, 0, 0, 0], dtype=torch.uint8), torch.ones(5)),
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_errors(exception, message, args, kwargs, grad):
+    input, *others = args
+    if grad and isinstance(input, torch.Tensor) and input.is_floating_point():
+        input = input.detach().requires_grad_()
+    with pytest.raises(exception) as raised:
+        cross_entropy(input, *others, **kwargs)
+    assert str(raised.value) == f"cross_entropy: {message}"
+    native = F.cross_entropy
+    with pytest.raises(exception):  # PyTorch's own exception for the same call
+        native(input, *others, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["target", "weight"])
+def test_device_mix(name):
+    tensors = {"input": X, "target": Y, "weight": torch.ones(5)}
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(RuntimeError, match=f"{name} must be on the device of input"):
+        cross_entropy(**tensors)
+
+
+# ------------------------------------------------- CUDA kernels, on the host where there is no GPU
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def cuda_kernels(request, monkeypatch):
+    """Device whose tensors `cross_entropy` sends to the CUDA kernels."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        return torch.device("cuda")
+    monkeypatch.setattr(functional, "_ops", emulator.load())
+    return torch.device("cpu")
+
+
+CUDA_SHAPES = [
+    ((37, 10), "one thread to a row, a rest of a block"),
+    ((3, 17), "one warp to a row, fewer classes than lanes"),
+    ((13, 100), "several warps in a block"),
+    ((2, 2500), "one block to a row"),
+    ((2, 7, 9), "classes strided: one thread to a row"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("shape", [s for s, _ in CUDA_SHAPES], ids=str)
+def test_cuda_kernels(cuda_kernels, shape, kind, dtype):
+    input, target = make_case(shape, kind, dtype, cuda_kernels)
+    for reduction, smoothing, weighted in [
+        ("none", 0.0, True),
+        ("mean", 0.1, True),
+        ("mean", 0.0, False),
+        ("sum", 0.1, False),
+    ]:
+        weight = class_weight(shape[1], dtype, cuda_kernels) if weighted else None
+        what = f"{reduction} {smoothing} {weighted}"
+        arguments = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_like_native(input, target, weight, what, **arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_kernels_layouts(cuda_kernels, layout):
+    for kind in ("ignore", "prob"):
+        input, target = make_case((2, 5, 3, 4), kind, device=cuda_kernels)
+        input = with_layout(input, layout)
+        target = with_layout(target, "sliced") if kind == "prob" else target
+        assert_like_native(input, target, class_weight(5, device=cuda_kernels), layout)
+
+
+@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
+def test_cuda_kernels_index_dtypes(cuda_kernels, dtype):
+    input, target = make_case((9, 10), "index", device=cuda_kernels)
+    assert cross_entropy(input, target.to(dtype)) == cross_entropy(input, target)
+
+
+@pytest.mark.parametrize("edge", EDGE_ROWS)
+@pytest.mark.parametrize("C", [5, 40])
+def test_cuda_kernels_infinite_and_nan_logits(cuda_kernels, C, edge):
+    logits, target = EDGE_ROWS[edge]
+    input = torch.tensor([logits + [0.5] * (C - 5)] * 2, device=cuda_kernels)
+    index = torch.full((2,), target, device=cuda_kernels)
+    for smoothing in (0.0, 0.1):
+        arguments = {"label_smoothing": smoothing, "reduction": "none"}
+        ours = value_and_grad(cross_entropy, input, index, **arguments)
+        native = value_and_grad(reference.cross_entropy, input, index, **arguments)
+        torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 0)])
+def test_cuda_kernels_empty(cuda_kernels, shape):
+    input = torch.randn(shape, device=cuda_kernels)
+    target = torch.full(batch_shape(shape), IGNORED, device=cuda_kernels)
+    for reduction in REDUCTIONS:
+        ours = value_and_grad(cross_entropy, input, target, reduction=reduction)
+        native = value_and_grad(F.cross_entropy, input, target, reduction=reduction)
+        torch.testing.assert_close(ours, native, equal_nan=True)
+
+
+@pytest.mark.parametrize("C", [10, 100])
+@pytest.mark.parametrize("outside", [-1, 100, 2**40])
+def test_out_of_range_target_on_cuda_is_nan(cuda_kernels, outside, C):
+    input, target = make_case((9, C), "index", device=cuda_kernels)
+    target[3] = outside
+    loss, grad = value_and_grad(cross_entropy, input, target, reduction="none")
+    assert loss[3].isnan() and loss.isnan().sum() == 1
+    assert grad[3].isnan().all() and grad.isnan().sum() == C
+    assert cross_entropy(input, target).isnan()
