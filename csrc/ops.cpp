@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(fastcls, m) {
       "int[] pool_stride, int[] pool_padding, bool ceil_mode, bool need_input, bool need_weight, "
       "bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
+      "conv_block_path(Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, "
+      "int groups, bool relu, int[] pool_size, int[] pool_stride, int[] pool_padding, "
+      "bool ceil_mode) -> int");
+  m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
       "int reduction, float label_smoothing, bool float_loss, bool save) -> "
       "(Tensor loss, Tensor saved)");
@@ -25,6 +29,7 @@ STABLE_TORCH_LIBRARY(fastcls, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcls, CPU, m) {
   m.impl("conv_block_forward", TORCH_BOX(&fastcls::cpu::conv_block_forward));
   m.impl("conv_block_backward", TORCH_BOX(&fastcls::cpu::conv_block_backward));
+  m.impl("conv_block_path", TORCH_BOX(&fastcls::cpu::conv_block_path));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastcls::cpu::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastcls::cpu::cross_entropy_backward));
 }

@@ -7,7 +7,19 @@
 
 #include "checks.h"
 
+namespace fastcls {
+
+// The kernel that serves a conv block, as op conv_block_path tells it.
+enum class ConvBlockPath : int64_t { kGeneral = 0, kDirect = 1, kWinograd = 2 };
+
+}  // namespace fastcls
+
 #define FASTCLS_DECLARE_OPS                                                                     \
+  int64_t conv_block_path(                                                                      \
+      const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,                   \
+      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,   \
+      std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,                         \
+      std::vector<int64_t> pool_padding, bool ceil_mode);                                       \
   std::tuple<Tensor, Tensor> conv_block_forward(                                                \
       const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,             \
       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, \

@@ -104,6 +104,23 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
 
 }  // namespace
 
+int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups, bool relu, std::vector<int64_t> pool_size,
+                        std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding,
+                        bool ceil_mode) {
+  const ConvBlockShape s =
+      check_conv_block("conv_block_path", input, weight, std::nullopt,
+                       {stride, padding, dilation, groups, relu, pool_size, pool_stride,
+                        pool_padding, ceil_mode});
+  // The fast kernels share their rules among dtypes; float64 has none.
+  const auto kernels = fast_kernels<float>(s);
+  if (!kernels.forward || input.scalar_type() == ScalarType::Double)
+    return static_cast<int64_t>(ConvBlockPath::kGeneral);
+  return static_cast<int64_t>(kernels.winograd_serves(s) ? ConvBlockPath::kWinograd
+                                                         : ConvBlockPath::kDirect);
+}
+
 std::tuple<Tensor, Tensor> conv_block_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,

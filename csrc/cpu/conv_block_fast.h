@@ -13,6 +13,8 @@ namespace fastcls::cpu {
 // independent, so that any thread may run any of them.
 template <typename T>
 struct ConvBlockKernels {
+  // Does the forward pass go by Winograd's algorithm?
+  bool (*winograd_serves)(const ConvBlockShape& s);
   // Unit: a band of `band` pooled rows of one image.
   void (*forward)(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
                   const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,

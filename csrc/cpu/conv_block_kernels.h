@@ -1233,7 +1233,7 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
 
 template <typename T>
 ConvBlockKernels<T> conv_block_kernels() {
-  return {forward<T>, backward_weight<T>, backward_input<T>};
+  return {winograd_serves, forward<T>, backward_weight<T>, backward_input<T>};
 }
 template ConvBlockKernels<float> conv_block_kernels<float>();
 template ConvBlockKernels<BFloat16> conv_block_kernels<BFloat16>();

@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kElementThreads)
         for (int64_t pw = cols.first; pw <= cols.last; ++pw) {
           const int64_t place = (ch - ph * s.pool_stride_h + s.pool_pad_h) * s.pool_w + cw -
                                 pw * s.pool_stride_w + s.pool_pad_w;
+          // Unrolled, this loop takes so many registers that half the threads fit.
           const int64_t first = ((n * s.out_h + ph) * s.out_w + pw) * s.K + k0;
-        // Unrolled, the loop takes so many registers that half the threads fit.
 #pragma unroll 1
           for (int64_t k = 0; k < Kg; ++k)
             if (codes.get(first + k) == place)
@@ -288,6 +288,17 @@ void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s, con
 }  // namespace
 
 // ---- host functions
+
+int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups, bool relu, std::vector<int64_t> pool_size,
+                        std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding,
+                        bool ceil_mode) {
+  check_conv_block("conv_block_path", input, weight, std::nullopt,
+                   {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding,
+                    ceil_mode});
+  return static_cast<int64_t>(ConvBlockPath::kGeneral);
+}
 
 std::tuple<Tensor, Tensor> conv_block_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -258,6 +258,29 @@ def test_every_subset_of_gradients(name, needs, device):
             assert leaf.grad is None and direct.numel() == 0
 
 
+PATHS = {
+    "deep2": "winograd",
+    "wide2": "winograd",
+    "mnist1": "direct",
+    "cifar1": "direct",
+    "overlap": "direct",
+    "strided": "direct",
+    "groups": "general",
+    "wide-window": "general",
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_path_can_be_asked(name):
+    case = BY_NAME[name]
+    x, w = torch.zeros(1, case.in_channels, case.height, case.width), torch.zeros(case.weight_shape)
+    fast = build_info()["cpu_isa"] != "scalar"
+    path = functional.conv_block_path(x, w, **case.function_arguments)
+    assert path == (PATHS[name] if fast else "general")
+    double = functional.conv_block_path(x.double(), w.double(), **case.function_arguments)
+    assert double == "general"
+
+
 def test_no_grad_gives_the_same_output_and_no_graph(device):
     x, w, b, _ = random_problem(BY_NAME["plain"], DTYPES["float32"], device)
     leaves = leaves_of(x, w, b)

@@ -1,0 +1,15 @@
+.PHONY: build test bench lint
+
+build:
+	python setup.py build_ext --inplace
+
+test:
+	python -m pytest
+
+bench:
+	python -m pytest bench/ --benchmark --json auto
+
+lint:
+	ruff check .
+	ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs clang-format --dry-run -Werror

@@ -1,0 +1,113 @@
+"""cross_entropy against PyTorch: the loss and the gradient of the logits, few classes and many."""
+
+import contextlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_error_within_twice_native
+from measure import rotate
+
+from fastcls import functional
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits (batch, classes) and class-index targets."""
+
+    name: str
+    why: str
+    classes: int
+    label_smoothing: float = 0.0
+    batch: int = 3
+
+
+CASES = [
+    Case("digits10", "the small data sets: launch and call overhead", 10),
+    Case("digits10-smooth", "label smoothing reads every logit twice in PyTorch", 10, 0.1),
+    Case("classes100", "CIFAR-100", 100),
+    Case("imagenet1000", "ImageNet", 1000),
+    Case("many-rows", "few classes, many rows: one row is shorter than a vector", 10, batch=16384),
+    Case("wide", "a row that fills the second-level cache", 32000, batch=1024),
+]
+BUFFER_BYTES, MAX_BUFFERS = 128 << 20, 16
+
+
+def autocast(dtype):
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+
+def make_data(case, dtype, batch):
+    """(logits [N, C], targets [N])"""
+    logits = (3 * torch.randn(batch, case.classes)).to(dtype)
+    return logits.requires_grad_(), torch.randint(case.classes, (batch,))
+
+
+def work(case, mode, dtype, batch):
+    """Bytes that must move at least: the logits once, the gradient once, the targets."""
+    logits = batch * case.classes * dtype.itemsize
+    return {"bytes": logits * (2 if mode == "train" else 1) + 8 * batch}
+
+
+def train_step(loss, case, dtype, logits, target):
+    with autocast(dtype):
+        value = loss(logits, target, label_smoothing=case.label_smoothing)
+    return value, *torch.autograd.grad(value, logits)
+
+
+def infer_step(loss, case, dtype, logits, target):
+    with torch.no_grad(), autocast(dtype):
+        return (loss(logits, target, label_smoothing=case.label_smoothing),)
+
+
+STEPS = {"train": train_step, "infer": infer_step}
+
+
+def make_sides(case, mode, dtype, batch, peers):
+    """{name: function that runs one step}; memory formats do not apply to logits."""
+    first = make_data(case, dtype, batch)
+    count = min(max(BUFFER_BYTES // first[0].nbytes, 2), MAX_BUFFERS)
+    data = [first] + [make_data(case, dtype, batch) for _ in range(count - 1)]
+    losses = {
+        "fused": functional.cross_entropy,
+        "eager": F.cross_entropy,
+        "compile": torch.compile(F.cross_entropy, dynamic=False),
+    }
+
+    def side(name):
+        turns = rotate(data)
+        return lambda: STEPS[mode](losses[name], case, dtype, *next(turns))
+
+    return {name: side(name) for name in ["fused", *peers] if name in losses}
+
+
+def check(case, mode, dtype, batch):
+    """Fused against native on the same logits: at most twice the error, against float64."""
+    torch.manual_seed(0)
+    logits, target = make_data(case, dtype, batch)
+    exact = logits.detach().double().requires_grad_()
+    results = (
+        STEPS[mode](functional.cross_entropy, case, dtype, logits, target),
+        STEPS[mode](F.cross_entropy, case, dtype, logits, target),
+        STEPS[mode](F.cross_entropy, case, torch.float32, exact, target),
+    )
+    for ours, native, reference in zip(*results, strict=True):
+        assert_error_within_twice_native(ours, native, reference, f"{case.name} {mode}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_cross_entropy(case, batch, mode, dtype, threads, peers, measure):
+    if measure:
+        row = {
+            "op": "cross_entropy",
+            "case": case.name,
+            "mode": mode,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": batch,
+            "own_batch": case.batch != Case.batch,
+            **work(case, mode, dtype, batch),
+        }
+        measure(row, make_sides(case, mode, dtype, batch, peers))
+    check(case, mode, dtype, batch)

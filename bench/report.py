@@ -1,0 +1,226 @@
+"""Tables of the benchmark rows: in the terminal, in the README and in docs/benchmarks.md.
+
+`python bench/report.py` rewrites both documents between their markers from bench/results/*.json.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import roofline
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+# A row measured again replaces the old one when these are equal.
+KEY = ["op", "case", "mode", "dtype", "batch", "threads", "isa", "torch_isa"]
+README_BATCH = 512
+NONE = "–"  # in a cell without a value
+
+
+# ------------------------------------------------------------------------------ rows and files
+
+
+def machine_file():
+    """bench/results/<processor>-<cores>-cores.json"""
+    name = f"{roofline.cpu_model()} {os.cpu_count()} cores"
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def keep(row, path):
+    """Puts the row into the file, in the place of an older one of the same key."""
+    path = Path(path)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [r for r in rows if [r[k] for k in KEY] != [row[k] for k in KEY]] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+def median(row, side):
+    return row["seconds"][side][1]
+
+
+def peers(row):
+    return [side for side in row["seconds"] if not side.startswith("fused")]
+
+
+def ratio(row, side="fused"):
+    """How many times faster than the best peer; None where nothing was compared."""
+    if not peers(row) or side not in row["seconds"]:
+        return None
+    return min(median(row, p) for p in peers(row)) / median(row, side)
+
+
+def geometric_mean(values):
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def _milliseconds(row, side):
+    return f"{median(row, side) * 1e3:.3g}" if side in row["seconds"] else NONE
+
+
+def _spread(row):
+    """Half the distance of the quartiles of our time, relative to the median."""
+    low, middle, high = row["seconds"]["fused"]
+    return f"±{(high - low) / 2 / middle:.0%}"
+
+
+def _times(value):
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _rate(row, amount, peak):
+    """Giga-units per second and the share of the machine's measured peak."""
+    if amount not in row:
+        return [NONE, NONE]
+    rate = row[amount] / median(row, "fused")
+    return [f"{rate / 1e9:.1f}", f"{rate / row[peak]:.0%}"]
+
+
+def _memory(row):
+    peaks = row.get("peak_memory", {})
+    return [f"{peaks[s] / 2**20:.0f}" if s in peaks else NONE for s in ("fused", "eager")]
+
+
+SIDES = ["fused", "fused-cl", "eager", "eager-cl", "compile", "compile-cl"]
+HEAD = [
+    *["op", "case", "mode", "dtype", "batch", "threads"],
+    *["MB", "GFLOP"],
+    *[f"{side} ms" for side in SIDES],
+    *["spread", "ratio", "ratio cl"],
+    *["GFLOP/s", "of peak", "GB/s", "of copy"],
+    *["fused MiB", "eager MiB"],
+]
+
+
+def _cells(row):
+    return [
+        *(str(row[k]) for k in ("op", "case", "mode", "dtype", "batch", "threads")),
+        *(
+            f"{row[k] / unit:.3g}" if k in row else NONE
+            for k, unit in (("bytes", 1e6), ("flops", 1e9))
+        ),
+        *(_milliseconds(row, side) for side in SIDES),
+        *[_spread(row), _times(ratio(row)), _times(ratio(row, "fused-cl"))],
+        *_rate(row, "flops", "peak_flops"),
+        *_rate(row, "bytes", "copy_bytes"),
+        *_memory(row),
+    ]
+
+
+def _without_empty_columns(table):
+    used = [any(cell != NONE for cell in column[1:]) for column in zip(*table, strict=True)]
+    return [[c for c, keep in zip(line, used, strict=True) if keep] for line in table]
+
+
+def _aligned(table, separator):
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        separator.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+
+
+def groups(rows):
+    """{(op, mode, dtype, batch, threads): rows}; a row with its own batch counts at every batch."""
+    found = {}
+    for row in rows:
+        same = [r for r in rows if all(r[k] == row[k] for k in ("op", "mode", "dtype", "threads"))]
+        batches = sorted({r["batch"] for r in same if not r["own_batch"]}) or ["own"]
+        for batch in batches if row["own_batch"] else [row["batch"]]:
+            key = (row["op"], row["mode"], row["dtype"], str(batch), str(row["threads"]))
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _summary(rows):
+    """The geometric mean of each group's ratios, with the ratios of its slowest and fastest row."""
+    for key, group in groups(rows).items():
+        if ratios := [r for r in map(ratio, group) if r]:
+            means = (f"{f(ratios):.2f}" for f in (geometric_mean, min, max))
+            yield [*key, str(len(ratios)), *means]
+
+
+SUMMARY_HEAD = [
+    *["op", "mode", "dtype", "batch", "threads"],
+    *["rows", "geometric mean", "slowest", "fastest"],
+]
+
+
+def text(rows):
+    """All rows and their geometric means, for the terminal."""
+    lines = _aligned(_without_empty_columns([HEAD, *map(_cells, rows)]), "  ")
+    summary = list(_summary(rows))
+    if summary:
+        lines += ["", "times faster than the best peer:"]
+        lines += _aligned([SUMMARY_HEAD, *summary], "  ")
+    return "\n".join(lines)
+
+
+def _markdown(table):
+    head, *body = table
+    rule = ["---" if i == 0 else "--:" for i in range(len(head))]
+    return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
+
+
+# ----------------------------------------------------------------------------------- documents
+
+
+def _machine(row):
+    isa = f"fastcls on {row['isa']}, PyTorch on {row['torch_isa']}"
+    return f"{row['cpu']}, {row['cores']} cores; {isa}; torch {row['torch']}"
+
+
+def _machines(rows):
+    found = {}
+    for row in sorted(rows, key=_machine):
+        found.setdefault(_machine(row), []).append(row)
+    return found
+
+
+def readme_block(rows):
+    """Geometric means at one batch size."""
+    lines = []
+    for machine, group in _machines(rows).items():
+        group = [r for r in group if r["own_batch"] or r["batch"] == README_BATCH]
+        lines += [f"{machine}:", "", *_markdown([SUMMARY_HEAD, *_summary(group)]), ""]
+    return lines
+
+
+def docs_block(rows):
+    lines = []
+    for machine, group in _machines(rows).items():
+        dates = sorted({r["date"] for r in group})
+        table = _without_empty_columns([HEAD, *map(_cells, group)])
+        lines += [
+            f"### {machine}",
+            "",
+            f"Measured {' to '.join(dates[:: max(1, len(dates) - 1)])}.",
+        ]
+        lines += ["", *_markdown([SUMMARY_HEAD, *_summary(group)])]
+        lines += ["", *_markdown(table), ""]
+    return lines
+
+
+def write_between_markers(path, lines):
+    before, rest = path.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text("\n".join([before + BEGIN, *lines, END + after]))
+
+
+def main():
+    rows = [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
+    if not rows:
+        raise SystemExit(f"no rows in {RESULTS}: run pytest bench/ --benchmark --json auto")
+    print(text(rows))
+    write_between_markers(ROOT / "README.md", readme_block(rows))
+    write_between_markers(ROOT / "docs" / "benchmarks.md", docs_block(rows))
+
+
+if __name__ == "__main__":
+    main()

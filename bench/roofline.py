@@ -1,0 +1,89 @@
+"""What this machine can do, measured: the arithmetic peak and the memory bandwidth.
+
+The peak is that of a large matrix product, the best that a tuned library reaches on all cores
+asked for; bandwidth is that of a copy far larger than the caches, counted as one read and one
+write. `python bench/roofline.py` prints both.
+"""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from measure import seconds_of
+
+MATRIX, SMALL_MATRIX = 2048, 256
+COPY_BYTES = 256 << 20
+REPEATS = 5
+
+
+def _best(call):
+    call()
+    return min(seconds_of(call) for _ in range(REPEATS))
+
+
+def _matrix_product_rate(dtype, size):
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b)
+
+
+@cache
+def peak_flops(dtype, threads):
+    """FLOP/s of the fastest matrix product at this many threads.
+
+    For half precision that may be the float32 one: a machine without the instructions can always
+    convert, so float32's peak is within its reach.
+    """
+
+    def measured():
+        # Half precision without instructions for it can be a thousand times slower: try it small.
+        fastest = max({torch.float32, dtype}, key=lambda d: _matrix_product_rate(d, SMALL_MATRIX))
+        return _matrix_product_rate(fastest, MATRIX)
+
+    return _at_threads(threads, measured)
+
+
+@cache
+def copy_bandwidth(threads):
+    """Bytes/s, read plus written, of a large copy at this many threads."""
+
+    def measured():
+        source = torch.ones(COPY_BYTES // 4)
+        target = torch.empty_like(source)
+        return 2 * COPY_BYTES / _best(lambda: target.copy_(source))
+
+    return _at_threads(threads, measured)
+
+
+def _at_threads(threads, measured):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return measured()
+    finally:
+        torch.set_num_threads(before)
+
+
+def cpu_model():
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main():
+    print(f"{cpu_model()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    for threads in sorted({1, torch.get_num_threads()}):
+        peaks = ", ".join(
+            f"{str(dtype).removeprefix('torch.')} {peak_flops(dtype, threads) / 1e9:.0f} GFLOP/s"
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        print(f"{threads} thread(s): {peaks}, copy {copy_bandwidth(threads) / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
