@@ -15,7 +15,7 @@ from fastcls import FusedCrossEntropyLoss, functional, reference
 from fastcls.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
-import build as emulator  # noqa: E402
+import build as emulator
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
