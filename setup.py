@@ -21,28 +21,26 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020A000000000000"  # 2.10, the oldest torch with all we call
 # One entry per generation that the kernels' fast paths distinguish. PTX of the last one serves
-# newer devices. A compiler that lacks one of them is told so by FASTCLS build output.
+# newer devices. Those that the compiler does not know are left out.
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
-def nvcc_output(*args):
-    return subprocess.run(["nvcc", *args], capture_output=True, text=True, check=False)
+def nvcc_output(nvcc, *args):
+    return subprocess.run([nvcc, *args], capture_output=True, text=True, check=False)
 
 
 def find_cuda_home():
-    """Root of the CUDA toolkit, or None. The nvcc on PATH may be a wrapper: ask it, not its path."""
+    """Root of the CUDA toolkit, or None. The nvcc on PATH may be a wrapper: it knows its root."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return home if (Path(home) / "bin" / "nvcc").exists() else None
-    if shutil.which("nvcc"):
-        if top := re.search(r"^#\$ TOP=(.*)$", nvcc_output("--dryrun", "x.cu").stderr, re.M):
-            return str(Path(top[1]).resolve())
+    dryrun = nvcc_output("nvcc", "--dryrun", "x.cu").stderr if shutil.which("nvcc") else ""
+    if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.M):
+        return str(Path(top[1]).resolve())
     return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
 
 
 def default_arch_list(cuda_home):
-    listed = subprocess.run(
-        [f"{cuda_home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    listed = nvcc_output(f"{cuda_home}/bin/nvcc", "--list-gpu-arch").stdout.split()
     archs = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed]
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
@@ -81,11 +79,19 @@ def extension(name, sources, *, libraries, with_cuda=False):
     return Extension(
         name,
         sorted(str(s) for s in sources),
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *include_paths(), *cuda_dirs["include"]],
+        include_dirs=[
+            str(ROOT / "csrc"),
+            pybind11.get_include(),
+            *include_paths(),
+            *cuda_dirs["include"],
+        ],
         library_dirs=[*library_paths(), *cuda_dirs["lib"]],
         libraries=libraries,
         define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
-        extra_compile_args={"cxx": cxx, "nvcc": [*OPTIMISE, "--threads=2", "-Xcompiler=-fvisibility=hidden"]},
+        extra_compile_args={
+            "cxx": cxx,
+            "nvcc": [*OPTIMISE, "--threads=2", "-Xcompiler=-fvisibility=hidden"],
+        },
         depends=[str(h) for h in Path("csrc").rglob("*.h")],
         language="c++",
     )
@@ -103,10 +109,11 @@ def extensions():
 
 
 def summary():
-    cuda = f"{CUDA_HOME}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}" if CUDA_HOME else (
-        "none: CPU-only build (install nvcc, or set CUDA_HOME, for the CUDA kernels)"
-    )
-    return f"fastcls: CPU kernels: yes; CUDA kernels: {cuda}; {'debug' if DEBUG else 'release'} build"
+    cuda = "none: CPU-only build (install nvcc, or set CUDA_HOME, for the CUDA kernels)"
+    if CUDA_HOME:
+        cuda = f"{CUDA_HOME}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    kind = "debug" if DEBUG else "release"
+    return f"fastcls: CPU kernels: yes; CUDA kernels: {cuda}; {kind} build"
 
 
 class Build(BuildExtension):

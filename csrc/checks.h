@@ -51,9 +51,11 @@ inline bool is_half(ScalarType type) {
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
                               const char* like_name) {
   FASTCLS_CHECK(t.device() == like.device(), op, ": ", name, " must be on the device of ",
-                like_name, " (", like.is_cpu() ? "cpu" : "cuda:", 
+                like_name, " (", like.is_cpu() ? "cpu" : "cuda:",
                 like.is_cpu() ? "" : std::to_string(like.get_device_index()), "), got ",
-                t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" : "another device type",
+                t.is_cpu()    ? "cpu"
+                : t.is_cuda() ? "cuda:"
+                              : "another device type",
                 t.is_cuda() ? std::to_string(t.get_device_index()) : "");
 }
 
@@ -75,9 +77,9 @@ inline Tensor empty_4d(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dt
                        const Tensor& like) {
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> sizes{N, C, H, W};
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              suggests_channels_last(like) ? MemoryFormat::ChannelsLast
-                                                           : MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      sizes, dtype, std::nullopt, like.device(), std::nullopt,
+      suggests_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 inline Tensor empty_flat(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
@@ -105,8 +107,8 @@ inline void check_conv_block_types(const char* op, const Tensor& input, const Te
                                    const std::optional<Tensor>& bias) {
   using torch::headeronly::toString;
   const ScalarType x = input.scalar_type(), w = weight.scalar_type();
-  FASTCLS_CHECK(is_floating(x), op,
-                ": input must be float32, float64, bfloat16 or float16, got ", toString(x));
+  FASTCLS_CHECK(is_floating(x), op, ": input must be float32, float64, bfloat16 or float16, got ",
+                toString(x));
   FASTCLS_CHECK(w == x || (w == ScalarType::Float && is_half(x)), op, ": weight must be ",
                 toString(x), " like input", is_half(x) ? " or Float" : "", ", got ", toString(w));
   check_same_device(op, "weight", weight, input, "input");
@@ -147,8 +149,8 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
                 s.groups, "), got ", s.C);
   FASTCLS_CHECK(s.K >= 1 && s.K % s.groups == 0, op,
                 ": out_channels must be a positive multiple of groups (", s.groups, "), got ", s.K);
-  FASTCLS_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.K), op,
-                ": bias must have shape (", s.K, ",), got ", bias ? shape_string(*bias) : "");
+  FASTCLS_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.K), op, ": bias must have shape (",
+                s.K, ",), got ", bias ? shape_string(*bias) : "");
   FASTCLS_CHECK(s.C >= 1 && s.H >= 1 && s.W >= 1, op,
                 ": input must have channels, height and width of at least 1, got ",
                 shape_string(input));
@@ -168,7 +170,8 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
     check_pair(op, "pool_padding", args.pool_padding, 0);
   }
   s.pool_h = pool ? args.pool_size[0] : 1, s.pool_w = pool ? args.pool_size[1] : 1;
-  s.pool_stride_h = pool ? args.pool_stride[0] : 1, s.pool_stride_w = pool ? args.pool_stride[1] : 1;
+  s.pool_stride_h = pool ? args.pool_stride[0] : 1,
+  s.pool_stride_w = pool ? args.pool_stride[1] : 1;
   s.pool_pad_h = pool ? args.pool_padding[0] : 0, s.pool_pad_w = pool ? args.pool_padding[1] : 0;
   FASTCLS_CHECK(2 * s.pool_pad_h <= s.pool_h && 2 * s.pool_pad_w <= s.pool_w, op,
                 ": pool_padding must be at most half of pool_size (", s.pool_h, ", ", s.pool_w,
@@ -208,8 +211,7 @@ inline void check_conv_block_backward(const ConvBlockShape& s, const Tensor& gra
                     winner.is_contiguous(),
                 op, ": winner must be the one that conv_block_forward saved (", expected,
                 " contiguous ", torch::headeronly::toString(winner_type(s)), "), got ",
-                shape_string(winner), " ",
-                torch::headeronly::toString(winner.scalar_type()));
+                shape_string(winner), " ", torch::headeronly::toString(winner.scalar_type()));
 }
 
 // What the arguments of a cross-entropy say about sizes.
@@ -253,7 +255,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline void check_cross_entropy_index(const char* op, const Tensor& input, const Tensor& target,
                                       const CrossEntropyShape& s) {
-  // fastcls/functional.py turns "batch size" errors into ValueError, which no exception of C++ does.
+  // fastcls/functional.py turns "batch size" errors into ValueError, which no exception of C++
+  // does.
   if (input.dim() == 1) {
     FASTCLS_CHECK(target.numel() == 1 && target.dim() <= 1, op,
                   ": target must have batch size 1, shape () or (1,), with a 1D input, got ",
@@ -295,9 +298,10 @@ inline CrossEntropyShape check_cross_entropy(const char* op, const Tensor& input
                                              double label_smoothing) {
   using torch::headeronly::toString;
   const ScalarType x = input.scalar_type();
-  FASTCLS_CHECK(is_floating(x), op,
-                ": input must be float32, float64, bfloat16 or float16, got ", toString(x));
-  FASTCLS_CHECK(input.dim() >= 1, op, ": input must have shape (C), (N, C) or (N, C, d1, ...), got ",
+  FASTCLS_CHECK(is_floating(x), op, ": input must be float32, float64, bfloat16 or float16, got ",
+                toString(x));
+  FASTCLS_CHECK(input.dim() >= 1, op,
+                ": input must have shape (C), (N, C) or (N, C, d1, ...), got ",
                 shape_string(input));
   const int64_t class_dim = input.dim() == 1 ? 0 : 1;
   CrossEntropyShape s{{}, input.size(class_dim), same_shape(input, target)};
@@ -319,8 +323,8 @@ inline CrossEntropyShape check_cross_entropy(const char* op, const Tensor& input
   }
   FASTCLS_CHECK(reduction >= kNone && reduction <= kSum, op,
                 ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  FASTCLS_CHECK(!(label_smoothing > 1), op,
-                ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
+  FASTCLS_CHECK(!(label_smoothing > 1), op, ": label_smoothing must be between 0.0 and 1.0, got ",
+                label_smoothing);
   return s;
 }
 

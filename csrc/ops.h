@@ -14,31 +14,30 @@ enum class ConvBlockPath : int64_t { kGeneral = 0, kDirect = 1, kWinograd = 2 };
 
 }  // namespace fastcls
 
-#define FASTCLS_DECLARE_OPS                                                                     \
-  int64_t conv_block_path(                                                                      \
-      const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,                   \
-      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,   \
-      std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,                         \
-      std::vector<int64_t> pool_padding, bool ceil_mode);                                       \
-  std::tuple<Tensor, Tensor> conv_block_forward(                                                \
-      const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,             \
-      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, \
-      int64_t groups, bool relu, std::vector<int64_t> pool_size,                                \
-      std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding, bool ceil_mode,      \
-      bool save_winner);                                                                        \
-  std::tuple<Tensor, Tensor, Tensor> conv_block_backward(                                       \
-      const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& winner,  \
-      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, \
-      int64_t groups, bool relu, std::vector<int64_t> pool_size,                                \
-      std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding, bool ceil_mode,      \
-      bool need_input, bool need_weight, bool need_bias);                                       \
-  std::tuple<Tensor, Tensor> cross_entropy_forward(                                             \
-      const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,           \
-      int64_t ignore_index, int64_t reduction, double label_smoothing, bool float_loss,         \
-      bool save);                                                                               \
-  Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input,                   \
-                                const Tensor& target, const std::optional<Tensor>& weight,      \
-                                const Tensor& saved, int64_t ignore_index, int64_t reduction,   \
+#define FASTCLS_DECLARE_OPS                                                                        \
+  int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,  \
+                          std::vector<int64_t> padding, std::vector<int64_t> dilation,             \
+                          int64_t groups, bool relu, std::vector<int64_t> pool_size,               \
+                          std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding,     \
+                          bool ceil_mode);                                                         \
+  std::tuple<Tensor, Tensor> conv_block_forward(                                                   \
+      const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,                \
+      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,    \
+      int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride, \
+      std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner);                        \
+  std::tuple<Tensor, Tensor, Tensor> conv_block_backward(                                          \
+      const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& winner,     \
+      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,    \
+      int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride, \
+      std::vector<int64_t> pool_padding, bool ceil_mode, bool need_input, bool need_weight,        \
+      bool need_bias);                                                                             \
+  std::tuple<Tensor, Tensor> cross_entropy_forward(                                                \
+      const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,              \
+      int64_t ignore_index, int64_t reduction, double label_smoothing, bool float_loss,            \
+      bool save);                                                                                  \
+  Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input,                      \
+                                const Tensor& target, const std::optional<Tensor>& weight,         \
+                                const Tensor& saved, int64_t ignore_index, int64_t reduction,      \
                                 double label_smoothing);
 
 namespace fastcls::cpu {

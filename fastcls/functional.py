@@ -58,7 +58,7 @@ def conv_block(
         input: (N, C, H, W), or (C, H, W) without a batch; float32, float64, bfloat16 or float16;
             any strides.
         weight: (K, C / groups, kernel_h, kernel_w); input's dtype, or float32 with a half-precision
-            input, in which case its gradient is float32 too. Sums are float32 (float64 for float64).
+            input: its gradient is float32 then. Sums are float32, or float64 for float64.
         bias: (K,) with weight's dtype, or None.
         stride, padding, dilation: int or (height, width), as in ``torch.nn.functional.conv2d``;
             padding may also be "valid" or "same".
@@ -102,11 +102,20 @@ def conv_block(
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, padding, stride, dilation)
     arguments = conv_block_arguments(
-        stride, padding, dilation, groups, activation, pool_size, pool_stride, pool_padding, ceil_mode
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        pool_size,
+        pool_stride,
+        pool_padding,
+        ceil_mode,
     )
     input, weight, bias = _autocast(input, weight, bias)
     if _needs_grad(input, weight, bias):
-        return _ConvBlock.apply(input, weight, bias, arguments)[0]
+        function = _TracedConvBlock if _traced() else _ConvBlock
+        return function.apply(input, weight, bias, arguments)[0]
     return _ops.conv_block_forward(input, weight, bias, *arguments, False)[0]
 
 
@@ -249,24 +258,30 @@ def _conv_block_backward_fake(grad_out, input, weight, winner, *arguments_and_ne
     )
 
 
+def _conv_block_forward(input, weight, bias, arguments):
+    return _ops.conv_block_forward(input, weight, bias, *arguments, True)
+
+
+def _save_conv_block(ctx, inputs, output):
+    input, weight, bias, ctx.arguments = inputs
+    winner = output[1]
+    ctx.mark_non_differentiable(winner)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, weight, bias, winner)
+
+
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
-    def forward(input, weight, bias, arguments):
-        return _ops.conv_block_forward(input, weight, bias, *arguments, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, ctx.arguments = inputs
-        winner = output[1]
-        ctx.mark_non_differentiable(winner)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, winner)
+    def forward(ctx, *inputs):
+        output = _conv_block_forward(*inputs)
+        _save_conv_block(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, grad_out, _):
         if grad_out is None:
             return None, None, None, None
-        input, weight, bias, winner = ctx.saved_tensors
+        input, weight, _, winner = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _differentiable_grads(ctx, grad_out)
@@ -275,6 +290,11 @@ class _ConvBlock(torch.autograd.Function):
                 grad_out, input, weight, winner, *ctx.arguments, *needs
             )
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+class _TracedConvBlock(_ConvBlock):
+    forward = staticmethod(_conv_block_forward)
+    setup_context = staticmethod(_save_conv_block)
 
 
 def _differentiable_grads(ctx, grad_out):

@@ -116,7 +116,9 @@ class FusedConvBlock(nn.Conv2d):
         pooling = {"pool_size": None}
         if pool is not None:
             if not isinstance(pool, nn.MaxPool2d):
-                raise TypeError(f"from_native: pool must be nn.MaxPool2d, got {type(pool).__name__}")
+                raise TypeError(
+                    f"from_native: pool must be nn.MaxPool2d, got {type(pool).__name__}"
+                )
             if pool.dilation not in (1, (1, 1)) or pool.return_indices:
                 raise ValueError(
                     "from_native: pool must have dilation 1 and return_indices False, got "

@@ -43,7 +43,7 @@ def conv_block_given_winner(input, weight, bias, winner, arguments):
     conv = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if winner.numel() == 0 and conv.numel() != 0:
         return conv
-    (pool_h, pool_w), (step_h, step_w) = pool_size or (1, 1), pool_stride or (1, 1)
+    (_, pool_w), (step_h, step_w) = pool_size or (1, 1), pool_stride or (1, 1)
     pad_h, pad_w = pool_padding or (0, 0)
     code = winner.permute(0, 3, 1, 2).long()
     shut = code == torch.iinfo(winner.dtype).max

@@ -119,8 +119,8 @@ CORNERS = [
              padding=1, batch=2),
     ConvCase("winograd-tails", "Winograd with output channels that fill no vector", 16, 21, 8, 10,
              padding=1, batch=5),
-    ConvCase("winograd-bands", "Winograd on an image larger than 256 KiB", 32, 16, 20, 112, padding=1,
-             batch=1),
+    ConvCase("winograd-bands", "Winograd on an image larger than 256 KiB", 32, 16, 20, 112,
+             padding=1, batch=1),
     ConvCase("bands-overlap", "bands that share rows", 16, 8, 23, 224, padding=1, pool_size=3,
              pool_stride=2, pool_padding=1, batch=2),
 ]  # fmt: skip

@@ -30,9 +30,9 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
 // second-level cache.
 int64_t band_rows(const ConvBlockShape& s) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * static_cast<int64_t>(sizeof(float));
-  return std::clamp<int64_t>((262144 / row - (s.kernel_h - 1) * s.dilation_h) /
-                                 (s.pool_stride_h * s.stride_h),
-                             1, s.out_h);
+  return std::clamp<int64_t>(
+      (262144 / row - (s.kernel_h - 1) * s.dilation_h) / (s.pool_stride_h * s.stride_h), 1,
+      s.out_h);
 }
 
 // [K, kernel_h, kernel_w, C], dense.
@@ -105,14 +105,12 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
 }  // namespace
 
 int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, bool relu, std::vector<int64_t> pool_size,
-                        std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding,
-                        bool ceil_mode) {
-  const ConvBlockShape s =
-      check_conv_block("conv_block_path", input, weight, std::nullopt,
-                       {stride, padding, dilation, groups, relu, pool_size, pool_stride,
-                        pool_padding, ceil_mode});
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
+                        std::vector<int64_t> pool_padding, bool ceil_mode) {
+  const ConvBlockShape s = check_conv_block(
+      "conv_block_path", input, weight, std::nullopt,
+      {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   // The fast kernels share their rules among dtypes; float64 has none.
   const auto kernels = fast_kernels<float>(s);
   if (!kernels.forward || input.scalar_type() == ScalarType::Double)
@@ -126,10 +124,9 @@ std::tuple<Tensor, Tensor> conv_block_forward(
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
     std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner) {
-  const ConvBlockShape s =
-      check_conv_block("conv_block", input, weight, bias,
-                       {stride, padding, dilation, groups, relu, pool_size, pool_stride,
-                        pool_padding, ceil_mode});
+  const ConvBlockShape s = check_conv_block(
+      "conv_block", input, weight, bias,
+      {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   Tensor out = empty_4d(s.N, s.K, s.out_h, s.out_w, input.scalar_type(), input);
   Tensor winner = empty_winner(s, save_winner, input);
   if (s.out_numel() == 0) return {out, winner};
@@ -160,16 +157,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
     std::vector<int64_t> pool_padding, bool ceil_mode, bool need_input, bool need_weight,
     bool need_bias) {
-  const ConvBlockShape s =
-      check_conv_block("conv_block_backward", input, weight, std::nullopt,
-                       {stride, padding, dilation, groups, relu, pool_size, pool_stride,
-                        pool_padding, ceil_mode});
+  const ConvBlockShape s = check_conv_block(
+      "conv_block_backward", input, weight, std::nullopt,
+      {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   check_conv_block_backward(s, grad_out, input, winner);
   const ScalarType w_type = weight.scalar_type();
   Tensor grad_input = need_input ? empty_4d(s.N, s.C, s.H, s.W, input.scalar_type(), input)
                                  : empty_flat({0}, input.scalar_type(), input);
-  Tensor grad_weight = need_weight ? empty_4d(s.K, s.group_in(), s.kernel_h, s.kernel_w, w_type, weight)
-                                   : empty_flat({0}, w_type, weight);
+  Tensor grad_weight = need_weight
+                           ? empty_4d(s.K, s.group_in(), s.kernel_h, s.kernel_w, w_type, weight)
+                           : empty_flat({0}, w_type, weight);
   Tensor grad_bias = empty_flat({need_bias ? s.K : 0}, w_type, weight);
   dispatch_types(input.scalar_type(), w_type, [&](auto t, auto w, auto acc) {
     using T = decltype(t);
@@ -192,8 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
       const Win* codes = static_cast<const Win*>(saved);
       if (need_input)
         backward_input_general<T, W, Acc, Win>(s, g, const_view<W>(weight), codes, dx);
-      if (need_weight || need_bias)
-        backward_weight_general<T, W, Acc, Win>(s, g, x, codes, dw, db);
+      if (need_weight || need_bias) backward_weight_general<T, W, Acc, Win>(s, g, x, codes, dw, db);
     });
   });
   return {grad_input, grad_weight, grad_bias};

@@ -62,8 +62,9 @@ void conv_row(const ConvBlockShape& s, const Acc* input, const Acc* weight, cons
         Acc sum[kBlock] = {};
         for (int64_t i = 0; i < s.kernel_h; ++i)
           for (int64_t j = 0; j < s.kernel_w; ++j) {
-            const Acc* x = input + (i * s.dilation_h * width + cw * s.stride_w +
-                                    j * s.dilation_w) * s.C + g * Cg;
+            const Acc* x = input +
+                           (i * s.dilation_h * width + cw * s.stride_w + j * s.dilation_w) * s.C +
+                           g * Cg;
             const Acc* w = weight + ((g * s.kernel_h + i) * s.kernel_w + j) * Cg * Kg + k0;
             if (lanes == kBlock) {
               for (int64_t c = 0; c < Cg; ++c, w += Kg)
@@ -103,7 +104,8 @@ void forward_general(const ConvBlockShape& s, const View4<const T>& x, const Vie
                      const W* bias, const View4<T>& out, Win* winner) {
   const std::vector<Acc> packed_weight = pack_weight_forward<W, Acc>(s, weight);
   std::vector<Acc> packed_bias(s.K, Acc(0));
-  if (bias != nullptr) std::transform(bias, bias + s.K, packed_bias.begin(), [](W b) { return static_cast<Acc>(b); });
+  if (bias != nullptr)
+    std::transform(bias, bias + s.K, packed_bias.begin(), [](W b) { return static_cast<Acc>(b); });
 
   // One unit of work is one pooled row of one image.
   parallel_for(0, s.N * s.out_h, 1, [&](int64_t begin, int64_t end) {
@@ -221,8 +223,7 @@ void backward_weight_general(const ConvBlockShape& s, const View4<const T>& grad
       if (grad_weight.data)
         for (int64_t t = 0; t < taps; ++t)
           for (int64_t c = 0; c < Cg; ++c)
-            *grad_weight.at(k, c, t / s.kernel_w, t % s.kernel_w) =
-                static_cast<W>(sum[t * Cg + c]);
+            *grad_weight.at(k, c, t / s.kernel_w, t % s.kernel_w) = static_cast<W>(sum[t * Cg + c]);
       if (grad_bias) grad_bias[k] = static_cast<W>(sum[per_channel]);
     }
   });

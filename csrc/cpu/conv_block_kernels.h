@@ -190,7 +190,8 @@ constexpr int kMaxVecs = L == 16 ? 4 : 3;
 // Blocks of output channels, as equal as possible: 8 vectors are 3 + 3 + 2, not 3 + 3 + 2 ones.
 struct ChannelBlocks {
   int64_t vecs, count;
-  explicit ChannelBlocks(int64_t K) : vecs((K + L - 1) / L), count((vecs + kMaxVecs - 1) / kMaxVecs) {}
+  explicit ChannelBlocks(int64_t K)
+      : vecs((K + L - 1) / L), count((vecs + kMaxVecs - 1) / kMaxVecs) {}
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
 };
 
@@ -379,9 +380,9 @@ void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const
         Vec code = Vec::set(float((h_begin - h0) * s.pool_w + w_begin - w0));
         for (int64_t h = h_begin; h < h_end; ++h)
           for (int64_t cw = w_begin; cw < w_end; ++cw)
-            take_greater(Vec::load(conv + ((h - band.conv_begin) * s.conv_w + cw) * pixel_stride +
-                                   v * L),
-                         float((h - h0) * s.pool_w + cw - w0), best, code);
+            take_greater(
+                Vec::load(conv + ((h - band.conv_begin) * s.conv_w + cw) * pixel_stride + v * L),
+                float((h - h0) * s.pool_w + cw - w0), best, code);
         if (s.relu) apply_relu(best, code);
         const int64_t pixel = r * s.out_w + pw;
         to.store(pixel, v, best, code);
@@ -394,9 +395,8 @@ void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, co
                    const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                    const Results& to) {
   if (has_no_pool(s))
-    with_taps(runs, [&](auto taps) {
-      no_pool<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
-    });
+    with_taps(runs,
+              [&](auto taps) { no_pool<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to); });
   else if (windows_are_2x2(s))
     with_taps(runs, [&](auto taps) {
       windows_2x2<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
@@ -579,8 +579,7 @@ struct Home {
   // Channels from k0 on of the pixels from pooled row p0 of image n on.
   Results block(int64_t n, int64_t p0, int64_t k0) const {
     float* value = direct ? reinterpret_cast<float*>(out.at(n, k0, p0, 0)) : values.data + k0;
-    uint8_t* code =
-        !winner ? nullptr : whole_vectors ? winner_row(n, p0) + k0 : codes.data + k0;
+    uint8_t* code = !winner ? nullptr : whole_vectors ? winner_row(n, p0) + k0 : codes.data + k0;
     return {value, code, padded_K};
   }
 
@@ -661,8 +660,8 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   const int64_t bands = (s.out_h + band - 1) / band, packed_size = packed_floats(s, band);
   const int64_t group = images_in_group(s, bands, packed_size, end - begin);
   // Transformed patches of a block of tiles take a quarter of a small second-level cache.
-  const int64_t block_tiles = std::max<int64_t>(
-      round_up(32768 / (kPositions * s.C), kTileMultiple), kTileMultiple);
+  const int64_t block_tiles =
+      std::max<int64_t>(round_up(32768 / (kPositions * s.C), kTileMultiple), kTileMultiple);
   Scratch<float> packed, v, m;
   Home<T> home(s, out, winner, group * band * s.out_w);
   packed.reserve(group * packed_size);
@@ -692,9 +691,9 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
         to.value += t0 * to.stride;
         if (to.code) to.code += t0 * to.stride;
         with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
-          winograd_block<decltype(vecs)::value>(s, v.data, tiles, padded,
-                                                u + k0 * kPositions * s.C, weight + k0 * taps,
-                                                bias + k0, runs, m.data, to, patch);
+          winograd_block<decltype(vecs)::value>(s, v.data, tiles, padded, u + k0 * kPositions * s.C,
+                                                weight + k0 * taps, bias + k0, runs, m.data, to,
+                                                patch);
         });
       }
     }
@@ -770,8 +769,8 @@ void add_positions(const float* x, const int64_t* run, const float* g, const int
     for (int v = 0; v < kVecs; ++v) sum[r][v].store(dw + (r * kVecs + v) * L);
 }
 
-// dx[...] += Σ_e g[e] · w[channel[e]]. The last vector of each run has `tail` lanes of its own; what
-// lies behind them belongs to other pixels and is left as it is.
+// dx[...] += Σ_e g[e] · w[channel[e]]. The last vector of each run has `tail` lanes of its own;
+// what lies behind them belongs to other pixels and is left as it is.
 template <int kRuns, int kVecs>
 void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
                   const uint8_t* channel, int64_t n, int64_t tail) {
@@ -889,7 +888,8 @@ struct ChannelMajor {
     }
   }
 
-  // Codes of channel k → offsets and masked gradients, `pixels` of them; returns the gradients' sum.
+  // Codes of channel k → offsets and masked gradients, `pixels` of them; returns the gradients'
+  // sum.
   float place(const ConvBlockShape& s, int64_t k, int64_t pixels, bool has_code) {
     float* grad = g.data + k * stride;
     for (int64_t p = pixels; p < round_up(pixels, L); ++p) grad[p] = 0, base.data[p] = 0;
@@ -971,7 +971,8 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
   const int64_t elements = runs.count * runs.length, padded_K = round_up(s.K, L);
   // Gradients of a band fill half of a 32 KiB first-level cache.
   const int64_t band = std::clamp<int64_t>(4096 / (s.out_w * padded_K), 1, s.out_h);
-  const int64_t places = winner ? s.window() : 1, blocks = (elements + kMaxElements - 1) / kMaxElements;
+  const int64_t places = winner ? s.window() : 1,
+                blocks = (elements + kMaxElements - 1) / kMaxElements;
   std::vector<int64_t> element, place, window(band * s.out_w);
   for (int64_t r = 0; r < runs.count; ++r)
     for (int64_t e = 0; e < runs.length; ++e) element.push_back(runs.offset[r] + e);
@@ -1105,8 +1106,8 @@ inline constexpr CompressTable kCompress;
 [[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, uint8_t first, float* g,
                                                    uint8_t* channel) {
   for (int half = 0; half < L; half += 8) {
-    const __m128i lanes = _mm_loadl_epi64(
-        reinterpret_cast<const __m128i*>(kCompress.lane[bits >> half & 255]));
+    const __m128i lanes =
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits >> half & 255]));
     const int64_t n = half == 0 ? 0 : __builtin_popcount(bits & 255);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(channel + n),
                      _mm_add_epi8(lanes, _mm_set1_epi8(static_cast<char>(first + half))));

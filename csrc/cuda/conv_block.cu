@@ -290,13 +290,12 @@ void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s, con
 // ---- host functions
 
 int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, bool relu, std::vector<int64_t> pool_size,
-                        std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding,
-                        bool ceil_mode) {
-  check_conv_block("conv_block_path", input, weight, std::nullopt,
-                   {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding,
-                    ceil_mode});
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
+                        std::vector<int64_t> pool_padding, bool ceil_mode) {
+  check_conv_block(
+      "conv_block_path", input, weight, std::nullopt,
+      {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   return static_cast<int64_t>(ConvBlockPath::kGeneral);
 }
 
