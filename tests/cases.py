@@ -95,6 +95,8 @@ CORNERS = [
     ConvCase("gaps", "windows that leave positions out", 4, 8, 13, 13, pool_size=2, pool_stride=3),
     ConvCase("pool-padded", "pool padding counts as minus infinity", 4, 8, 12, 12, padding=1,
              pool_size=3, pool_stride=2, pool_padding=1),
+    ConvCase("pool-padded-signed", "pool padding next to negative values", 4, 8, 12, 12, padding=1,
+             pool_size=3, pool_stride=2, pool_padding=1, activation=None),
     ConvCase("ceil", "ceil_mode: a partial last window", 4, 8, 12, 12, ceil_mode=True, pool_size=3,
              pool_stride=2),
     ConvCase("ceil-dropped", "ceil_mode: a last window in the padding is dropped", 2, 3, 5, 5,
