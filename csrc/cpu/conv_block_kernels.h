@@ -430,30 +430,29 @@ inline bool winograd_serves(const ConvBlockShape& s) {
 
 constexpr int kPositions = 16;
 
-// U [block][position][c][block's channels], in double before rounding to float.
-inline void pack_winograd_weight(const ConvBlockShape& s, const float* weight, float* packed) {
+// G g along one axis.
+[[gnu::always_inline]] inline void winograd_kernel_axis(Vec g0, Vec g1, Vec g2, Vec (&u)[4]) {
+  const Vec half = Vec::set(0.5f), outer = (g0 + g2) * half, inner = g1 * half;
+  u[0] = g0, u[1] = outer + inner, u[2] = outer - inner, u[3] = g2;
+}
+
+// G g Gᵀ [block][position][c][block's channels] of packed forward weights [block][tap][c][...].
+inline void winograd_weight(const ConvBlockShape& s, const float* weight, float* u) {
   const ChannelBlocks blocks(s.K);
-  const auto transform = [](const double* g, int64_t step, double (&u)[4]) {
-    u[0] = g[0], u[3] = g[2 * step];
-    u[1] = (g[0] + g[step] + g[2 * step]) / 2, u[2] = (g[0] - g[step] + g[2 * step]) / 2;
-  };
   for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t k0 = blocks.begin(b) * L, width = blocks.begin(b + 1) * L - k0;
-    for (int64_t c = 0; c < s.C; ++c)
-      for (int64_t k = 0; k < width; ++k) {
-        double g[9] = {}, columns[12], u[4];
-        for (int t = 0; k0 + k < s.K && t < 9; ++t) g[t] = weight[((k0 + k) * 9 + t) * s.C + c];
-        for (int j = 0; j < 3; ++j) {
-          transform(g + j, 3, u);
-          for (int i = 0; i < 4; ++i) columns[i * 3 + j] = u[i];
-        }
-        for (int i = 0; i < 4; ++i) {
-          transform(columns + i * 3, 1, u);
-          for (int j = 0; j < 4; ++j)
-            packed[((i * 4 + j) * s.C + c) * width + k] = static_cast<float>(u[j]);
-        }
+    const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L, step = s.C * width;
+    for (int64_t e = 0; e < step; e += L) {
+      Vec columns[3][4], row[4];
+      for (int j = 0; j < 3; ++j)
+        winograd_kernel_axis(Vec::load(weight + j * step + e),
+                             Vec::load(weight + (3 + j) * step + e),
+                             Vec::load(weight + (6 + j) * step + e), columns[j]);
+      for (int i = 0; i < 4; ++i) {
+        winograd_kernel_axis(columns[0][i], columns[1][i], columns[2][i], row);
+        for (int j = 0; j < 4; ++j) row[j].store(u + (4 * i + j) * step + e);
       }
-    packed += kPositions * s.C * width;
+    }
+    weight += 9 * step, u += kPositions * step;
   }
 }
 
@@ -713,7 +712,7 @@ void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weig
   std::copy_n(bias, s.K, packed_bias.data);
   if (winograd_serves(s)) {
     u.reserve(padded_K * kPositions * s.C);
-    pack_winograd_weight(s, weight, u.data);
+    winograd_weight(s, packed_weight.data, u.data);
     forward_winograd<T>(s, x, packed_weight.data, u.data, packed_bias.data, out, winner, band,
                         begin, end);
   } else {
