@@ -847,12 +847,10 @@ struct ChannelMajor {
   Scratch<float> g, code, base;
   Scratch<int32_t> at;
   int64_t stride = 0;
-  float places[16];  // offset of each place of a window, and of the one that a shut winner gets:
-  float shut_place;  // the window's first place inside the map
+  float places[16];  // offset of each place of a window
 
   void reserve(const ConvBlockShape& s, int64_t channels, int64_t pixels) {
     for (int64_t q = 0; q < s.window(); ++q) places[q] = float(place_offset(s, q));
-    shut_place = float(place_offset(s, s.pool_pad_h * s.pool_w + s.pool_pad_w));
     stride = round_up(pixels, L);
     g.reserve(channels * stride), code.reserve(channels * stride), at.reserve(channels * stride);
     base.reserve(stride);
@@ -899,10 +897,11 @@ struct ChannelMajor {
         const Vec c = Vec::load(code.data + k * stride + p);
         const Vec::Mask shut = Vec::equal(c, Vec::set(kShutCode));
         value = Vec::select(shut, Vec::zero(), value);
-        Vec place = Vec::select(shut, Vec::set(shut_place), Vec::zero());
+        Vec place = Vec::zero();
         for (int64_t q = 1; q < s.window(); ++q)
           place = Vec::select(Vec::equal(c, Vec::set(float(q))), Vec::set(places[q]), place);
-        offset = offset + place;
+        // Place 0 of a window may lie outside the map: a shut winner points at the very beginning.
+        offset = Vec::select(shut, Vec::zero(), offset + place);
       }
       value.store(grad + p);
       offset.store(at.data + k * stride + p);
@@ -923,6 +922,11 @@ constexpr int64_t kWeightBlockFloats = 3072;
 // Cycles per pooled output by either way, from 2 fused multiply-adds a cycle, 3 cycles a pass for
 // the position, and broadcasts that bind the dense way to about 1.7 a cycle.
 inline bool dense_is_cheaper(const ConvBlockShape& s, const std::vector<Pass>& passes) {
+  // The dense way reads under every place, so all of them must lie inside the map.
+  if (s.pool_pad_h > 0 || s.pool_pad_w > 0 ||
+      (s.out_h - 1) * s.pool_stride_h + s.pool_h > s.conv_h ||
+      (s.out_w - 1) * s.pool_stride_w + s.pool_w > s.conv_w)
+    return false;
   double sparse = 0;
   for (const Pass& pass : passes) sparse += pass.sums() / 2. + 3;
   const double elements = double(s.kernel_h * s.kernel_w * s.C * s.window());
