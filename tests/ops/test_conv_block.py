@@ -174,7 +174,7 @@ def test_error_is_within_twice_native(case, dtypes, layout, device):
     assert out.dtype == x.dtype
     exact = reference.conv_block(*in64[:3], **case.function_arguments)
     native = native_outputs(x, w, b, case)
-    assert_error_within_twice_native(out.detach(), native, exact, "out")
+    assert_error_within_twice_native(out.detach(), native, exact, "out", one_rounding=True)
 
     # The winners may differ from native's where two positions are as good as equal: the value
     # there must be as good as the maximum, and the gradients are those of the same winners.
@@ -187,7 +187,7 @@ def test_error_is_within_twice_native(case, dtypes, layout, device):
     names = ["grad_input", "grad_weight", "grad_bias"]
     for name, leaf, *grads in zip(names, leaves, ours, native_grads, exact_grads, strict=False):
         assert grads[0].dtype == leaf.dtype
-        assert_error_within_twice_native(*grads, name)
+        assert_error_within_twice_native(*grads, name, one_rounding=True)
 
 
 def native_inputs(x, w, b):
