@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,10 @@ def test_no_fused_layers_on_cuda_without_kernels(monkeypatch):
 
 def test_info_as_a_module():
     command = [sys.executable, "-m", "fastcls", "info"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Not in the root, whose fastcls/ would hide the installed one.
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    printed = run.stdout
     lines = dict(line.split(maxsplit=1) for line in printed.splitlines() if " " in line)
     assert lines["torch"].strip() == torch.__version__
     assert "cpu_isa" in lines and "cuda_archs" in lines

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,9 +299,14 @@ def test_every_instruction_set(isa):
     """The integer tests again, in a process that uses another instruction set."""
     if build_info()["cpu_isa"] == isa:
         pytest.skip("in use")
-    environment = {**os.environ, "FASTCLS_ISA": isa}
-    program = [sys.executable, "-c", "from fastcls import _C; print(_C.isa())"]
-    probe = subprocess.run(program, env=environment, capture_output=True, text=True)
+    run = functools.partial(
+        subprocess.run,
+        env={**os.environ, "FASTCLS_ISA": isa},
+        cwd=Path(__file__).parent,  # not the root, whose fastcls/ would hide the installed one
+        capture_output=True,
+        text=True,
+    )
+    probe = run([sys.executable, "-c", "from fastcls import _C; print(_C.isa())"])
     if probe.returncode:
         assert isa in probe.stderr
         pytest.skip("this CPU lacks it")
@@ -317,7 +323,7 @@ def test_every_instruction_set(isa):
         "-k",
         chosen,
     ]
-    tests = subprocess.run(program, env=environment, capture_output=True, text=True)
+    tests = run(program)
     assert tests.returncode == 0, tests.stdout[-3000:]
 
 
