@@ -47,11 +47,11 @@ def conv_block_given_winner(input, weight, bias, winner, arguments):
     pad_h, pad_w = pool_padding or (0, 0)
     code = winner.permute(0, 3, 1, 2).long()
     shut = code == torch.iinfo(winner.dtype).max
-    code = code.masked_fill(shut, pad_h * pool_w + pad_w)  # any place inside the map will do
     out_h, out_w = code.shape[2:]
     top = torch.arange(out_h, device=code.device) * step_h - pad_h
     left = torch.arange(out_w, device=code.device) * step_w - pad_w
     place = (top[:, None] + code // pool_w) * conv.shape[3] + left + code % pool_w
+    place = place.masked_fill(shut, 0)  # its code names no place; what is read there is not used
     picked = conv.flatten(2).gather(2, place.flatten(2)).view(code.shape)
     return picked.masked_fill(shut, 0)
 

@@ -659,6 +659,20 @@ def test_double_backward_is_native(case, device):
         torch.testing.assert_close(ours, native, rtol=1e-10, atol=1e-10)
 
 
+def test_double_backward_of_shut_windows_at_the_far_edge(device):
+    """Their only place inside the map is the first one, the others lie in the padding."""
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, device=device)
+    w = torch.randn(3, 2, 1, 1, dtype=torch.float64, device=device)
+    answers = []
+    for f in (conv_block, reference.conv_block):
+        leaves = leaves_of(x, w, torch.full_like(w[:, 0, 0, 0], -3))
+        out = f(*leaves, pool_size=2, pool_stride=2, pool_padding=1)
+        assert (out == 0).any()
+        answers.append(torch.autograd.grad(out.sum(), leaves, create_graph=True))
+    for ours, native in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16-float32"])
 def test_create_graph_gives_the_same_first_gradients(dtype, device):
     case = BY_NAME["cifar2"]
