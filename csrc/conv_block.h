@@ -7,10 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "checks.h"
+#include "dtypes.h"
 
 namespace fastcls {
 
@@ -48,19 +45,6 @@ constexpr void winner_position(const ConvBlockShape& s, int64_t ph, int64_t pw, 
   const int place = code, pool_w = static_cast<int>(s.pool_w);
   *ch = ph * s.pool_stride_h - s.pool_pad_h + place / pool_w;
   *cw = pw * s.pool_stride_w - s.pool_pad_w + place % pool_w;
-}
-
-// Calls f(T, W, Acc) with values of those types, for the dtypes that the checks let through.
-template <typename F>
-void dispatch_types(ScalarType input, ScalarType weight, const F& f) {
-  using BFloat16 = torch::headeronly::BFloat16;
-  using Half = torch::headeronly::Half;
-  const bool mixed = input != weight;
-  if (input == ScalarType::Double) return f(double{}, double{}, double{});
-  if (input == ScalarType::Float) return f(float{}, float{}, float{});
-  if (input == ScalarType::BFloat16)
-    return mixed ? f(BFloat16{}, float{}, float{}) : f(BFloat16{}, BFloat16{}, float{});
-  return mixed ? f(Half{}, float{}, float{}) : f(Half{}, Half{}, float{});
 }
 
 template <typename F>

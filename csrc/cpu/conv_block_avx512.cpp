@@ -21,6 +21,7 @@
 
 namespace fastcls::cpu::avx512 {
 #include "cpu/vec.h"
+#include "cpu/vec_transpose.h"
 #include "cpu/conv_block_kernels.h"
 }  // namespace fastcls::cpu::avx512
 

@@ -7,11 +7,9 @@
 #include <type_traits>
 #include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "cpu/cross_entropy_fast.h"
 #include "cpu/isa.h"
+#include "dtypes.h"
 
 namespace fastcls::cpu {
 
@@ -28,19 +26,6 @@ constexpr int64_t kThreadElements = 32768;
 
 int64_t block_rows(int64_t C) {
   return std::clamp<int64_t>(kBlockElements / std::max<int64_t>(C, 1), 1, kMaxBlockRows);
-}
-
-// Calls f(T, P, Acc) with values of those types, for the dtypes that the checks let through.
-template <typename F>
-void dispatch_types(ScalarType input, ScalarType prob, const F& f) {
-  using BFloat16 = torch::headeronly::BFloat16;
-  using Half = torch::headeronly::Half;
-  const bool mixed = input != prob;
-  if (input == ScalarType::Double) return f(double{}, double{}, double{});
-  if (input == ScalarType::Float) return f(float{}, float{}, float{});
-  if (input == ScalarType::BFloat16)
-    return mixed ? f(BFloat16{}, float{}, float{}) : f(BFloat16{}, BFloat16{}, float{});
-  return mixed ? f(Half{}, float{}, float{}) : f(Half{}, Half{}, float{});
 }
 
 // Calls f with a typed pointer to t's data; f gets nothing for other dtypes.

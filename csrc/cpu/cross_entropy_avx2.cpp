@@ -19,6 +19,7 @@
 
 namespace fastcls::cpu::avx2 {
 #include "cpu/vec.h"
+#include "cpu/vec_transpose.h"
 #include "cpu/vec_math.h"
 #include "cpu/cross_entropy_kernels.h"
 }  // namespace fastcls::cpu::avx2

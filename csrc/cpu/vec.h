@@ -114,14 +114,3 @@ struct Vec {
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-
-// Rounds to nearest even; NaN stays NaN.
-inline void store(BFloat16* p, Vec x) {
-  float lanes[Vec::kLanes];
-  x.store(lanes);
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = BFloat16(lanes[i]);
-}
-template <typename T>
-inline void store(T* p, Vec x) {
-  x.store(p);
-}

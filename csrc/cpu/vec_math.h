@@ -1,54 +1,7 @@
-// exp, log, reductions, partial loads and 8 × 8 transposes on top of Vec. Included after vec.h in
+// exp, log, reductions and partial loads on top of Vec. Included after vec.h and vec_transpose.h in
 // the same way: inside an ISA's namespace and target region, without an include guard.
 
 constexpr int kLanes = Vec::kLanes;
-
-// ---- eight floats, on every ISA
-
-inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-inline __m256 load8(const BFloat16* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-inline __m256 load8(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
-inline void store8(Half* p, __m256 v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-// Rounds to nearest, ties to even: adds just under half of the last kept bit, and that bit.
-inline void store8(BFloat16* p, __m256 v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-  const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(result, 16), _mm256_setzero_si256());
-  const __m256i joined = _mm256_permute4x64_epi64(words, 0x08);  // 64-bit parts 0 and 2
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
-}
-
-// r[i] lane j ↔ r[j] lane i.
-inline void transpose8(__m256 (&r)[8]) {
-  __m256 pair[8], quad[8];
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
-  }
-}
 
 // log(x) for x >= 1 and NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)), z = m - 1:
 // log(x) = e ln 2 + z - z²/2 + z³ P(z). ln 2 comes in two parts, of which the first has zeros

@@ -1,0 +1,539 @@
+// Forward kernels of the conv block over Vec; part of conv_block_kernels.h.
+
+// Register tile: kPixels conv-map positions × kVecs vectors of output channels. AVX2 has 16
+// registers: 4 · 3 sums + 3 weights + 1 broadcast = 16. AVX-512 has 32: 4 · 4 + 4 + 1 = 21.
+constexpr int kPixels = 4;
+constexpr int kMaxVecs = L == 16 ? 4 : 3;
+
+// Blocks of output channels, as equal as possible: 8 vectors are 3 + 3 + 2, not 3 + 3 + 2 ones.
+struct ChannelBlocks {
+  int64_t vecs, count;
+  explicit ChannelBlocks(int64_t K)
+      : vecs((K + L - 1) / L), count((vecs + kMaxVecs - 1) / kMaxVecs) {}
+  int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
+};
+
+// [block][run, position in the run][block's channels]: the order in which a tile reads it.
+inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, float* packed) {
+  const int64_t row = s.kernel_h * s.kernel_w * s.C;
+  const ChannelBlocks blocks(s.K);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t k0 = blocks.begin(b) * L, k1 = blocks.begin(b + 1) * L;
+    for (int64_t e = 0; e < row; ++e)
+      for (int64_t k = k0; k < k1; ++k) *packed++ = k < s.K ? weight[k * row + e] : 0.f;
+  }
+}
+
+template <int kVecs>
+struct Tile {
+  Vec sum[kPixels][kVecs];
+};
+
+// The number and length of runs, where known when compiling: the loops over the few taps of a first
+// layer are then unrolled. 0 means any.
+template <int kRuns, int kLength>
+struct TapLoops {
+  static constexpr int runs = kRuns, length = kLength;
+};
+using AnyTaps = TapLoops<0, 0>;
+
+template <typename F>
+void with_taps(const Runs& runs, const F& f) {
+  if (runs.count == 3 && runs.length == 3) return f(TapLoops<3, 3>{});  // 3 × 3, 1 channel
+  if (runs.count == 3 && runs.length == 9) return f(TapLoops<3, 9>{});  // 3 × 3, 3 channels
+  f(AnyTaps{});
+}
+
+// Sums of kPixels positions, `step` floats apart within a pair and `pair` floats between pairs:
+// four in a row (pair = 2 step), or a 2 × 2 window (pair = one conv row).
+template <int kVecs, typename Taps = AnyTaps>
+[[gnu::always_inline]] inline void conv_tile(const float* x, int64_t step, int64_t pair,
+                                             const Runs& runs, const float* w, const float* bias,
+                                             Tile<kVecs>& tile) {
+  const int64_t run_count = Taps::runs ? Taps::runs : runs.count;
+  const int64_t run_length = Taps::length ? Taps::length : runs.length;
+  Vec sum[kPixels][kVecs];
+  for (int v = 0; v < kVecs; ++v)
+    for (int p = 0; p < kPixels; ++p) sum[p][v] = Vec::load(bias + v * L);
+#pragma GCC unroll 3
+  for (int64_t r = 0; r < run_count; ++r) {
+    const float* x0 = x + runs.offset[r];
+    const float* x1 = x0 + step;
+    const float* x2 = x0 + pair;
+    const float* x3 = x2 + step;
+#pragma GCC unroll 9
+    for (int64_t e = 0; e < run_length; ++e, w += kVecs * L) {
+      Vec weight[kVecs];
+      for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(w + v * L);
+      const Vec a = Vec::set(x0[e]);
+      for (int v = 0; v < kVecs; ++v) sum[0][v] = Vec::fma(a, weight[v], sum[0][v]);
+      const Vec b = Vec::set(x1[e]);
+      for (int v = 0; v < kVecs; ++v) sum[1][v] = Vec::fma(b, weight[v], sum[1][v]);
+      const Vec c = Vec::set(x2[e]);
+      for (int v = 0; v < kVecs; ++v) sum[2][v] = Vec::fma(c, weight[v], sum[2][v]);
+      const Vec d = Vec::set(x3[e]);
+      for (int v = 0; v < kVecs; ++v) sum[3][v] = Vec::fma(d, weight[v], sum[3][v]);
+    }
+  }
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVecs; ++v) tile.sum[p][v] = sum[p][v];
+}
+
+constexpr float kShutCode = 255;
+
+// PyTorch's rule: a greater value takes over, and so does every NaN.
+[[gnu::always_inline]] inline void take_greater(Vec value, float place, Vec& best, Vec& code) {
+  const Vec::Mask takes = Vec::either(Vec::greater(value, best), Vec::is_nan(value));
+  best = Vec::select(takes, value, best);
+  code = Vec::select(takes, Vec::set(place), code);
+}
+
+[[gnu::always_inline]] inline void apply_relu(Vec& best, Vec& code) {
+  const Vec::Mask open = Vec::either(Vec::greater(best, Vec::zero()), Vec::is_nan(best));
+  best = Vec::select(open, best, Vec::zero());
+  code = Vec::select(open, code, Vec::set(kShutCode));
+}
+
+// Where the results of a band go, [pixel, channel]: straight into out and winner where their rows
+// are whole vectors of float, else into scratch.
+struct Results {
+  float* value;
+  uint8_t* code;  // null: not wanted
+  int64_t stride;
+
+  [[gnu::always_inline]] void store(int64_t pixel, int vec, Vec best, Vec place) const {
+    best.store(value + pixel * stride + vec * L);
+    if (code) place.store(code + pixel * stride + vec * L);
+  }
+};
+
+// Pool and ReLU of a whole 2 × 2 window.
+[[gnu::always_inline]] inline void store_window(const ConvBlockShape& s, const Vec (&y)[4],
+                                                const Results& to, int64_t pixel, int vec) {
+  Vec best = y[0], code = Vec::zero();
+  for (int p = 1; p < 4; ++p) take_greater(y[p], p, best, code);
+  if (s.relu) apply_relu(best, code);
+  to.store(pixel, vec, best, code);
+}
+
+inline bool windows_are_2x2(const ConvBlockShape& s) {
+  return s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
+         s.pool_pad_h == 0 && s.pool_pad_w == 0 && 2 * s.out_h <= s.conv_h &&
+         2 * s.out_w <= s.conv_w;
+}
+inline bool has_no_pool(const ConvBlockShape& s) {
+  return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
+}
+inline bool needs_conv_rows(const ConvBlockShape& s) {
+  return !windows_are_2x2(s) && !has_no_pool(s);
+}
+
+// Pool and ReLU for one block of channels, given the band's packed input.
+template <int kVecs, typename Taps>
+void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                 const float* bias, int64_t rows, const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, step = s.stride_w * s.C;
+  for (int64_t ph = 0; ph < rows; ++ph)
+    for (int64_t pw = 0; pw < s.out_w; ++pw) {
+      Tile<kVecs> tile;
+      conv_tile<kVecs, Taps>(x + 2 * ph * row + 2 * pw * step, step, row, runs, w, bias, tile);
+      const int64_t pixel = ph * s.out_w + pw;
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec y[4] = {tile.sum[0][v], tile.sum[1][v], tile.sum[2][v], tile.sum[3][v]};
+        store_window(s, y, to, pixel, v);
+      }
+    }
+}
+
+// Conv-map row into dst [conv_w, stride]. The last tile starts further left, so that it ends with
+// the row; rows shorter than a tile read the zeros that the packed band is followed by.
+template <int kVecs, typename Taps, typename Epilogue>
+[[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
+                                                  const Runs& runs, const float* w,
+                                                  const float* bias, const Epilogue& epilogue) {
+  const int64_t step = s.stride_w * s.C;
+  for (int64_t cw = 0; cw < s.conv_w; cw += kPixels) {
+    const int64_t at = std::max<int64_t>(std::min(cw, s.conv_w - kPixels), 0);
+    Tile<kVecs> tile;
+    conv_tile<kVecs, Taps>(x + at * step, step, 2 * step, runs, w, bias, tile);
+    const int64_t pixels = std::min<int64_t>(kPixels, s.conv_w);
+    for (int64_t p = 0; p < pixels; ++p) epilogue(at + p, tile.sum[p]);
+  }
+}
+
+template <int kVecs, typename Taps>
+void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+             const float* bias, int64_t rows, const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h;
+  for (int64_t h = 0; h < rows; ++h)
+    conv_row_tiles<kVecs, Taps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+      const int64_t pixel = h * s.conv_w + cw;
+      for (int v = 0; v < kVecs; ++v) {
+        Vec best = sum[v], code = Vec::zero();
+        if (s.relu) apply_relu(best, code);
+        to.store(pixel, v, best, code);
+      }
+    });
+}
+
+// Any window: the block's conv rows of the band go through `conv`, then the windows over it.
+template <int kVecs>
+void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
+                const Results& to) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, pixel_stride = kVecs * L;
+  for (int64_t h = 0; h < band.conv_end - band.conv_begin; ++h)
+    conv_row_tiles<kVecs, AnyTaps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+      for (int v = 0; v < kVecs; ++v)
+        sum[v].store(conv + (h * s.conv_w + cw) * pixel_stride + v * L);
+    });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t pw = 0; pw < s.out_w; ++pw) {
+      const int64_t h0 = (begin + r) * s.pool_stride_h - s.pool_pad_h;
+      const int64_t w0 = pw * s.pool_stride_w - s.pool_pad_w;
+      const int64_t h_begin = std::max<int64_t>(h0, 0), h_end = std::min(h0 + s.pool_h, s.conv_h);
+      const int64_t w_begin = std::max<int64_t>(w0, 0), w_end = std::min(w0 + s.pool_w, s.conv_w);
+      for (int v = 0; v < kVecs; ++v) {
+        Vec best = Vec::set(-std::numeric_limits<float>::infinity());
+        Vec code = Vec::set(float((h_begin - h0) * s.pool_w + w_begin - w0));
+        for (int64_t h = h_begin; h < h_end; ++h)
+          for (int64_t cw = w_begin; cw < w_end; ++cw)
+            take_greater(
+                Vec::load(conv + ((h - band.conv_begin) * s.conv_w + cw) * pixel_stride + v * L),
+                float((h - h0) * s.pool_w + cw - w0), best, code);
+        if (s.relu) apply_relu(best, code);
+        const int64_t pixel = r * s.out_w + pw;
+        to.store(pixel, v, best, code);
+      }
+    }
+}
+
+template <int kVecs>
+void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+                   const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
+                   const Results& to) {
+  if (has_no_pool(s))
+    with_taps(runs,
+              [&](auto taps) { no_pool<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to); });
+  else if (windows_are_2x2(s))
+    with_taps(runs, [&](auto taps) {
+      windows_2x2<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
+    });
+  else
+    any_window<kVecs>(s, x, runs, w, bias, band, begin, rows, conv, to);
+}
+
+// ----------------------------------------------------------------------------- forward: Winograd
+
+// F(2 × 2, 3 × 3): a 4 × 4 input patch gives a 2 × 2 output tile, which is the pool window, with 16
+// products per pair of channels where the direct sum has 36. With d the patch and g the kernel:
+//
+//   output = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A        (Lavin and Gray, arXiv:1509.09308)
+//
+//        1  0 -1  0          1   0   0
+//   Bᵀ = 0  1  1  0     G =  ½   ½   ½     Aᵀ = 1  1  1  0
+//        0 -1  1  0          ½  -½   ½          0  1 -1 -1
+//        0  1  0 -1          0   0   1
+//
+// Output row 0 sees patch rows 0 … 2 and row 1 sees 1 … 3, as in the direct sum, so that a NaN
+// reaches the same outputs. An infinity would become NaN: a tile with a result that is not finite
+// is done again directly.
+
+// Where it pays: at least 16 input channels to spread the transforms over, in whole vectors.
+inline bool winograd_serves(const ConvBlockShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && windows_are_2x2(s) && s.C % L == 0 &&
+         s.C >= 16 && s.K >= 16;
+}
+
+constexpr int kPositions = 16;
+
+// G g along one axis.
+[[gnu::always_inline]] inline void winograd_kernel_axis(Vec g0, Vec g1, Vec g2, Vec (&u)[4]) {
+  const Vec half = Vec::set(0.5f), outer = (g0 + g2) * half, inner = g1 * half;
+  u[0] = g0, u[1] = outer + inner, u[2] = outer - inner, u[3] = g2;
+}
+
+// G g Gᵀ [block][position][c][block's channels] of packed forward weights [block][tap][c][...].
+inline void winograd_weight(const ConvBlockShape& s, const float* weight, float* u) {
+  const ChannelBlocks blocks(s.K);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L, step = s.C * width;
+    for (int64_t e = 0; e < step; e += L) {
+      Vec columns[3][4], row[4];
+      for (int j = 0; j < 3; ++j)
+        winograd_kernel_axis(Vec::load(weight + j * step + e),
+                             Vec::load(weight + (3 + j) * step + e),
+                             Vec::load(weight + (6 + j) * step + e), columns[j]);
+      for (int i = 0; i < 4; ++i) {
+        winograd_kernel_axis(columns[0][i], columns[1][i], columns[2][i], row);
+        for (int j = 0; j < 4; ++j) row[j].store(u + (4 * i + j) * step + e);
+      }
+    }
+    weight += 9 * step, u += kPositions * step;
+  }
+}
+
+// Bᵀ d B of the patch at x, all channels: v[position · stride + c].
+inline void winograd_input(const float* x, int64_t row, int64_t C, float* v, int64_t stride) {
+  for (int64_t c = 0; c < C; c += L) {
+    Vec d[4][4];
+    for (int j = 0; j < 4; ++j) {
+      Vec column[4];
+      for (int i = 0; i < 4; ++i) column[i] = Vec::load(x + i * row + j * C + c);
+      d[0][j] = column[0] - column[2];
+      d[1][j] = column[1] + column[2];
+      d[2][j] = column[2] - column[1];
+      d[3][j] = column[1] - column[3];
+    }
+    for (int i = 0; i < 4; ++i) {
+      (d[i][0] - d[i][2]).store(v + (4 * i) * stride + c);
+      (d[i][1] + d[i][2]).store(v + (4 * i + 1) * stride + c);
+      (d[i][2] - d[i][1]).store(v + (4 * i + 2) * stride + c);
+      (d[i][1] - d[i][3]).store(v + (4 * i + 3) * stride + c);
+    }
+  }
+}
+
+// Tiles of a product's register block: tiles × vectors fill the registers as in conv_tile.
+constexpr int tiles_in_registers(int vecs) {
+  return L == 16 ? (vecs == 4 ? 6 : vecs == 3 ? 8 : 12) : 12 / vecs;
+}
+constexpr int kTileMultiple = 24;  // divisible by all of them
+
+// m [tiles, kVecs · L] = v [tiles, C] · u [C, kVecs · L]
+template <int kVecs>
+void multiply(const float* v, const float* u, int64_t C, int64_t tiles, float* m) {
+  constexpr int kTiles = tiles_in_registers(kVecs);
+  for (int64_t t = 0; t < tiles; t += kTiles, v += kTiles * C, m += kTiles * kVecs * L) {
+    Vec sum[kTiles][kVecs];
+    for (int i = 0; i < kTiles; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::zero();
+    const float* w = u;
+    for (int64_t c = 0; c < C; ++c, w += kVecs * L) {
+      Vec weight[kVecs];
+      for (int j = 0; j < kVecs; ++j) weight[j] = Vec::load(w + j * L);
+      for (int i = 0; i < kTiles; ++i) {
+        const Vec value = Vec::set(v[i * C + c]);
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::fma(value, weight[j], sum[i][j]);
+      }
+    }
+    for (int i = 0; i < kTiles; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j].store(m + (i * kVecs + j) * L);
+  }
+}
+
+// Aᵀ m A of one vector: window positions in row-major order, bias added.
+[[gnu::always_inline]] inline void winograd_output(const float* m, int64_t stride, Vec bias,
+                                                   Vec (&y)[4]) {
+  Vec upper[4], lower[4];
+  for (int j = 0; j < 4; ++j) {
+    const Vec m0 = Vec::load(m + j * stride), m1 = Vec::load(m + (4 + j) * stride);
+    const Vec m2 = Vec::load(m + (8 + j) * stride), m3 = Vec::load(m + (12 + j) * stride);
+    upper[j] = m0 + m1 + m2;
+    lower[j] = m1 - m2 - m3;
+  }
+  y[0] = upper[0] + upper[1] + upper[2] + bias;
+  y[1] = upper[1] - upper[2] - upper[3] + bias;
+  y[2] = lower[0] + lower[1] + lower[2] + bias;
+  y[3] = lower[1] - lower[2] - lower[3] + bias;
+}
+
+// One block of channels of `tiles` windows whose transformed patches are v [position, tile, C].
+// patch(t) is tile t's patch; w: the block's direct weights, for tiles that are not finite.
+template <int kVecs, typename Patch>
+void winograd_block(const ConvBlockShape& s, const float* v, int64_t tiles, int64_t padded_tiles,
+                    const float* u, const float* w, const float* bias, const Runs& runs, float* m,
+                    const Results& to, const Patch& patch) {
+  constexpr int kWidth = kVecs * L;
+  const int64_t stride = padded_tiles * kWidth;
+  for (int p = 0; p < kPositions; ++p)
+    multiply<kVecs>(v + p * padded_tiles * s.C, u + p * s.C * kWidth, s.C, padded_tiles,
+                    m + p * stride);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec y[kVecs][4], difference = Vec::zero();
+    for (int j = 0; j < kVecs; ++j) {
+      winograd_output(m + t * kWidth + j * L, stride, Vec::load(bias + j * L), y[j]);
+      const Vec sum = y[j][0] + y[j][1] + y[j][2] + y[j][3];
+      difference = difference + (sum - sum);  // 0, or NaN if any is not finite
+    }
+    if (Vec::bits(Vec::is_nan(difference))) {
+      Tile<kVecs> tile;
+      const int64_t row = (s.W + 2 * s.pad_w) * s.C;
+      conv_tile<kVecs>(patch(t), s.C, row, runs, w, bias, tile);
+      for (int j = 0; j < kVecs; ++j)
+        for (int p = 0; p < 4; ++p) y[j][p] = tile.sum[p][j];
+    }
+    for (int j = 0; j < kVecs; ++j) store_window(s, y[j], to, t, j);
+  }
+}
+
+// ------------------------------------------------------------------------------- forward: drivers
+
+// What a thread needs to bring the results of a group of bands home.
+template <typename T>
+struct Home {
+  const ConvBlockShape& s;
+  const View4<T>& out;
+  uint8_t* winner;
+  int64_t padded_K;
+  bool whole_vectors, direct;
+  Scratch<float> values;
+  Scratch<uint8_t> codes;
+
+  Home(const ConvBlockShape& shape, const View4<T>& y, uint8_t* w, int64_t pixels)
+      : s(shape), out(y), winner(w), padded_K(round_up(shape.K, L)) {
+    whole_vectors = padded_K == s.K;
+    direct = whole_vectors && out.c == 1 && std::is_same_v<T, float>;
+    if (!direct) values.reserve(pixels * padded_K);
+    if (winner && !whole_vectors) codes.reserve(pixels * padded_K);
+  }
+
+  uint8_t* winner_row(int64_t n, int64_t p0) const {
+    return winner + (n * s.out_h + p0) * s.out_w * s.K;
+  }
+
+  // Channels from k0 on of the pixels from pooled row p0 of image n on.
+  Results block(int64_t n, int64_t p0, int64_t k0) const {
+    float* value = direct ? reinterpret_cast<float*>(out.at(n, k0, p0, 0)) : values.data + k0;
+    uint8_t* code = !winner ? nullptr : whole_vectors ? winner_row(n, p0) + k0 : codes.data + k0;
+    return {value, code, padded_K};
+  }
+
+  // `pixels` of each of `images`; out is dense, so that they are one long row.
+  void finish(int64_t n, int64_t p0, int64_t images, int64_t pixels) const {
+    if (!direct)
+      for (int64_t i = 0; i < images; ++i)
+        unpack_pixels(values.data + i * pixels * padded_K, 0, padded_K, out, n + i, p0, 1, pixels,
+                      s.K);
+    if (winner && !whole_vectors)
+      for (int64_t p = 0; p < images * pixels; ++p)
+        std::copy_n(codes.data + p * padded_K, s.K, winner_row(n, p0) + p * s.K);
+  }
+};
+
+template <typename F>
+void with_vecs(int64_t vecs, const F& f) {
+  if (vecs == 1) f(std::integral_constant<int, 1>{});
+  if (vecs == 2) f(std::integral_constant<int, 2>{});
+  if (vecs == 3) f(std::integral_constant<int, 3>{});
+  if constexpr (kMaxVecs > 3)
+    if (vecs == 4) f(std::integral_constant<int, 4>{});
+}
+
+// Floats of packed input of one band of `rows` pooled rows.
+inline int64_t packed_floats(const ConvBlockShape& s, int64_t rows) {
+  const int64_t conv_rows = (rows - 1) * s.pool_stride_h + s.pool_h;
+  return ((conv_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1) *
+         (s.W + 2 * s.pad_w) * s.C;
+}
+
+// Packed floats of a group of bands: half of a small second-level cache.
+constexpr int64_t kGroupFloats = 65536;
+
+// Images that are packed together, when each is one band.
+inline int64_t images_in_group(const ConvBlockShape& s, int64_t bands, int64_t packed_size,
+                               int64_t most) {
+  return bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, most);
+}
+
+template <typename T>
+void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+                    const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
+                    int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s.K);
+  const int64_t taps = s.kernel_h * s.kernel_w * s.C, bands = (s.out_h + band - 1) / band;
+  Scratch<float> packed, conv;
+  Home<T> home(s, out, winner, band * s.out_w);
+  // A tile over a row shorter than itself reads up to 3 steps too far; those sums are dropped.
+  packed.reserve(packed_floats(s, band) + kPixels * s.stride_w * s.C);
+  if (needs_conv_rows(s))
+    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxVecs * L);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / bands, p0 = unit % bands * band;
+    const int64_t rows = std::min(band, s.out_h - p0);
+    const Band input(s, p0, p0 + rows);
+    pack_band(s, x, n, input.first, input.rows, packed.data);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const int64_t k0 = blocks.begin(b) * L;
+      with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+        forward_block<decltype(vecs)::value>(s, packed.data, runs, weight + k0 * taps, bias + k0,
+                                             input, p0, rows, conv.data, home.block(n, p0, k0));
+      });
+    }
+    home.finish(n, p0, 1, rows * s.out_w);
+  }
+}
+
+template <typename T>
+void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+                      const float* u, const float* bias, const View4<T>& out, uint8_t* winner,
+                      int64_t band, int64_t begin, int64_t end) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s.K);
+  const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
+  const int64_t bands = (s.out_h + band - 1) / band, packed_size = packed_floats(s, band);
+  const int64_t group = images_in_group(s, bands, packed_size, end - begin);
+  // Transformed patches of a block of tiles take a quarter of a small second-level cache.
+  const int64_t block_tiles =
+      std::max<int64_t>(round_up(32768 / (kPositions * s.C), kTileMultiple), kTileMultiple);
+  Scratch<float> packed, v, m;
+  Home<T> home(s, out, winner, group * band * s.out_w);
+  packed.reserve(group * packed_size);
+  v.reserve(kPositions * block_tiles * s.C);
+  m.reserve(kPositions * block_tiles * kMaxVecs * L);
+
+  for (int64_t unit = begin; unit < end; unit += group) {
+    const int64_t n = unit / bands, p0 = unit % bands * band;
+    const int64_t images = std::min(group, end - unit);
+    const int64_t pixels = std::min(band, s.out_h - p0) * s.out_w;
+    const Band input(s, p0, p0 + pixels / s.out_w);
+    for (int64_t i = 0; i < images; ++i)
+      pack_band(s, x, n + i, input.first, input.rows, packed.data + i * packed_size);
+    for (int64_t t0 = 0; t0 < images * pixels; t0 += block_tiles) {
+      const int64_t tiles = std::min(block_tiles, images * pixels - t0);
+      const int64_t padded = round_up(tiles, kTileMultiple);
+      const auto patch = [&](int64_t t) {
+        const int64_t p = (t0 + t) % pixels;
+        return packed.data + (t0 + t) / pixels * packed_size + p / s.out_w * 2 * row +
+               p % s.out_w * 2 * s.C;
+      };
+      for (int64_t t = 0; t < tiles; ++t)
+        winograd_input(patch(t), row, s.C, v.data + t * s.C, padded * s.C);
+      for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t k0 = blocks.begin(b) * L;
+        Results to = home.block(n, p0, k0);
+        to.value += t0 * to.stride;
+        if (to.code) to.code += t0 * to.stride;
+        with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+          winograd_block<decltype(vecs)::value>(s, v.data, tiles, padded, u + k0 * kPositions * s.C,
+                                                weight + k0 * taps, bias + k0, runs, m.data, to,
+                                                patch);
+        });
+      }
+    }
+    home.finish(n, p0, images, pixels);
+  }
+}
+
+template <typename T>
+void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+             const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
+             int64_t end) {
+  const int64_t padded_K = round_up(s.K, L);
+  Scratch<float> packed_weight, packed_bias, u;
+  packed_weight.reserve(padded_K * s.kernel_h * s.kernel_w * s.C);
+  pack_forward_weight(s, weight, packed_weight.data);
+  packed_bias.reserve(padded_K);
+  std::copy_n(bias, s.K, packed_bias.data);
+  if (winograd_serves(s)) {
+    u.reserve(padded_K * kPositions * s.C);
+    winograd_weight(s, packed_weight.data, u.data);
+    forward_winograd<T>(s, x, packed_weight.data, u.data, packed_bias.data, out, winner, band,
+                        begin, end);
+  } else {
+    forward_direct<T>(s, x, packed_weight.data, packed_bias.data, out, winner, band, begin, end);
+  }
+}
