@@ -3,6 +3,7 @@
 // those that PyTorch raises for the same mistake: RuntimeError unless said otherwise.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -82,8 +83,40 @@ inline Tensor empty_4d(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dt
       suggests_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// A new tensor on the device of `like`. Much faster than torch::stable::empty, which looks its op
+// up by name in every call.
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            ScalarType dtype, const Tensor& like) {
+  using torch::stable::detail::from;
+  const auto code = torch::stable::detail::to<int32_t>(from(dtype));
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty_flat(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numel = 1;
+  for (size_t d = sizes.size(); d-- > 0; numel *= std::max<int64_t>(sizes[d], 1))
+    strides[d] = numel;
+  return empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, like);
+}
+
+// A new tensor of t's shape, dtype and memory format.
+inline Tensor new_like(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  return empty_strided(t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type(), t);
+}
+
+// What an op returns in the place of an output that was not asked for: None in Python.
+inline Tensor no_tensor() {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&handle));
+  return Tensor(handle);
 }
 
 // The arguments of a conv block as the ops receive them. An empty pool_size means no pool.
@@ -219,6 +252,12 @@ struct CrossEntropyShape {
   std::vector<int64_t> batch;  // input's shape without its class dimension
   int64_t C;
   bool prob;  // target holds class probabilities, not class indices
+
+  int64_t rows() const {
+    int64_t rows = 1;
+    for (int64_t size : batch) rows *= size;
+    return rows;
+  }
 };
 
 inline bool is_index(ScalarType type) {
@@ -368,6 +407,25 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline void check_cross_entropy_outputs(const char* op, const CrossEntropyShape& s, int64_t save,
+                                        bool count_hits) {
+  FASTCLS_CHECK(save >= kSaveNothing && save <= kSaveGrad, op,
+                ": save must be 0 (nothing), 1 (two numbers per row) or 2 (gradient), got ", save);
+  FASTCLS_CHECK(!count_hits || !s.prob, op,
+                ": target must hold class indices where hits are counted, got probabilities");
+}
+
+inline Tensor empty_saved(int64_t save, int64_t rows, const Tensor& input) {
+  if (save == kSaveNothing) return no_tensor();
+  if (save == kSaveGrad) return new_like(input);
+  return empty_flat({saved_numel(rows)}, accumulate_type(input.scalar_type()), input);
+}
+
+// The number of rows whose greatest logit, the first of equal ones, is that of the target.
+inline Tensor empty_hits(bool count_hits, const Tensor& input) {
+  return count_hits ? empty_flat({}, ScalarType::Long, input) : no_tensor();
+}
+
 inline void check_cross_entropy_backward(const CrossEntropyShape& s, const Tensor& grad_loss,
                                          const Tensor& input, const Tensor& saved,
                                          int64_t reduction) {
@@ -383,8 +441,7 @@ inline void check_cross_entropy_backward(const CrossEntropyShape& s, const Tenso
                 toString(x), " like input", is_half(x) ? " or Float" : "", ", got ", toString(g));
   check_same_device(op, "grad_loss", grad_loss, input, "input");
   check_same_device(op, "saved", saved, input, "input");
-  int64_t rows = 1;
-  for (int64_t size : s.batch) rows *= size;
+  const int64_t rows = s.rows();
   FASTCLS_CHECK(saved.scalar_type() == accumulate_type(x) && saved.dim() == 1 &&
                     saved.size(0) == saved_numel(rows) && saved.is_contiguous(),
                 op, ": saved must be the one that cross_entropy_forward saved (", saved_numel(rows),

@@ -14,6 +14,11 @@ namespace fastcls {
 // The values that PyTorch's own ops use.
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
+// What the forward op saves for the backward pass: nothing; two numbers per row and the divisor of
+// the mean, from which cross_entropy_backward reads the logits again; or the gradient of the logits
+// itself, from the same pass, for a gradient of the result of 1.
+enum Save : int64_t { kSaveNothing = 0, kSaveRows = 1, kSaveGrad = 2 };
+
 // The tensors that are walked row by row. A row is one softmax: the C logits of one sample, or of
 // one position of one sample. Class-index targets, losses and saved values are flat over rows.
 enum RowOperand { kInput = 0, kTarget = 1, kGrad = 2, kRowOperands = 3 };

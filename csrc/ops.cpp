@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(fastcls, m) {
       "bool ceil_mode) -> int");
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-      "int reduction, float label_smoothing, bool float_loss, bool save) -> "
-      "(Tensor loss, Tensor saved)");
+      "int reduction, float label_smoothing, bool float_loss, int save, bool count_hits) -> "
+      "(Tensor loss, Tensor saved, Tensor hits)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
       "Tensor saved, int ignore_index, int reduction, float label_smoothing) -> Tensor grad_input");

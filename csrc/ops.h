@@ -31,10 +31,10 @@ enum class ConvBlockPath : int64_t { kGeneral = 0, kDirect = 1, kWinograd = 2 };
       int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride, \
       std::vector<int64_t> pool_padding, bool ceil_mode, bool need_input, bool need_weight,        \
       bool need_bias);                                                                             \
-  std::tuple<Tensor, Tensor> cross_entropy_forward(                                                \
+  std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(                                        \
       const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,              \
       int64_t ignore_index, int64_t reduction, double label_smoothing, bool float_loss,            \
-      bool save);                                                                                  \
+      int64_t save, bool count_hits);                                                              \
   Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input,                      \
                                 const Tensor& target, const std::optional<Tensor>& weight,         \
                                 const Tensor& saved, int64_t ignore_index, int64_t reduction,      \

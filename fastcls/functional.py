@@ -1,6 +1,7 @@
 """The public functions. For each op: function, fake (shapes for tracing), backward."""
 
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
@@ -303,6 +304,7 @@ def _differentiable_grads(ctx, grad_out):
 # ------------------------------------------------------------------------------- cross_entropy
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's own ops number them
+_SAVE_NOTHING, _SAVE_ROWS, _SAVE_GRAD = 0, 1, 2  # csrc/cross_entropy.h says what they are
 
 
 def cross_entropy(
@@ -344,6 +346,32 @@ def cross_entropy(
             the host wait, loss and gradient of such a row are NaN.
         RuntimeError: shapes, dtypes or devices that do not fit, named in the message.
     """
+    return _cross_entropy(
+        input, target, weight, ignore_index, reduction, label_smoothing, count_hits=False
+    )
+
+
+def cross_entropy_with_hits(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """``cross_entropy`` and the number of right predictions, from the same pass over the logits.
+
+    Args: as for ``cross_entropy``; target holds class indices.
+
+    Returns:
+        (loss, hits). hits: int64 scalar on input's device, the number of rows whose greatest logit
+        is that of the target: ``(input.argmax(1) == target).sum()`` without the ignored rows and
+        without those that have a NaN. Of equal logits the first counts, as in ``argmax``.
+
+    Raises:
+        As ``cross_entropy``; RuntimeError for class probabilities.
+    """
+    return _cross_entropy(
+        input, target, weight, ignore_index, reduction, label_smoothing, count_hits=True
+    )
+
+
+def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, *, count_hits):
     _check_tensor("cross_entropy", "input", input)
     _check_tensor("cross_entropy", "target", target)
     if weight is not None:
@@ -353,7 +381,7 @@ def cross_entropy(
         raise ValueError(
             f'cross_entropy: reduction must be "none", "mean" or "sum", got {reduction!r}'
         )
-    if _needs_grad(target, weight):
+    if _needs_grad(target, weight) and not count_hits:
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
@@ -361,12 +389,19 @@ def cross_entropy(
     if target.is_floating_point():
         input, target, weight, promoted = _promote_probabilities(input, target, weight)
         float_loss = float_loss or promoted
-    arguments = (ignore_index, code, label_smoothing, float_loss)
+    settings = (ignore_index, code, label_smoothing)
     try:
-        if torch.is_grad_enabled() and input.requires_grad:
-            function = _TracedCrossEntropy if _traced() else _CrossEntropy
-            return function.apply(input, target, weight, *arguments)[0]
-        return _ops.cross_entropy_forward(input, target, weight, *arguments, False)[0]
+        if not (input.requires_grad and torch.is_grad_enabled()):
+            loss, _, hits = _ops.cross_entropy_forward(
+                input, target, weight, *settings, float_loss, _SAVE_NOTHING, count_hits
+            )
+            return (loss, hits) if count_hits else loss
+        if _traced():
+            outputs = _TracedCrossEntropy.apply(
+                input, target, weight, *settings, float_loss, count_hits
+            )
+            return (outputs[0], outputs[2]) if count_hits else outputs[0]
+        return _CrossEntropy.apply(input, (target, weight, settings, float_loss, count_hits))
     except RuntimeError as error:
         if "target must have batch size" in str(error):  # PyTorch's type for this mistake
             raise ValueError(str(error)) from None
@@ -400,16 +435,19 @@ def _promote_probabilities(input, target, weight):
 
 @torch.library.register_fake("fastcls::cross_entropy_forward")
 def _cross_entropy_forward_fake(
-    input, target, weight, ignore_index, reduction, label_smoothing, float_loss, save
+    input, target, weight, ignore_index, reduction, label_smoothing, float_loss, save, count_hits
 ):
     _check_fake_devices("cross_entropy", input, target=target, weight=weight)
     batch = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(() if reduction else batch, dtype=wide if float_loss else input.dtype)
-    rows = 1
-    for size in batch:
-        rows = rows * size
-    return loss, input.new_empty((2 * rows + 1 if save else 0,), dtype=wide)
+    saved = torch.empty_like(input) if save == _SAVE_GRAD else None
+    if save == _SAVE_ROWS:
+        rows = 1
+        for size in batch:
+            rows = rows * size
+        saved = input.new_empty((2 * rows + 1,), dtype=wide)
+    return loss, saved, input.new_empty((), dtype=torch.int64) if count_hits else None
 
 
 @torch.library.register_fake("fastcls::cross_entropy_backward")
@@ -419,48 +457,104 @@ def _cross_entropy_backward_fake(
     return torch.empty_like(input)
 
 
-def _cross_entropy_forward(input, target, weight, *arguments):
-    return _ops.cross_entropy_forward(input, target, weight, *arguments, True)
-
-
-def _save_cross_entropy(ctx, inputs, output):
-    input, target, weight, *ctx.arguments, _ = inputs
-    saved = output[1]
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, weight, saved)
-
-
 class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _cross_entropy_forward(*inputs)
-        _save_cross_entropy(ctx, inputs, output)
-        return output
+    """Saves the gradient itself, which the forward pass has written along with the loss.
+
+    The first backward pass scales it in place and gives it away; the memory is freed with it.
+    Further ones (``retain_graph=True``) compute it again. In float16 a gradient that has not met
+    the loss scale yet would underflow: there the backward pass reads the logits again.
+    """
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def forward(ctx, input, call):
+        target, weight, settings, float_loss, count_hits = call
+        save = _SAVE_GRAD if input.is_cpu and input.dtype != torch.float16 else _SAVE_ROWS
+        loss, saved, hits = _ops.cross_entropy_forward(
+            input, target, weight, *settings, float_loss, save, count_hits
+        )
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.save = settings, save
+        if save == _SAVE_GRAD:
+            ctx.unit_grad = saved
+            ctx.save_for_backward(input, target, weight)
+        else:
+            ctx.save_for_backward(input, target, weight, saved)
+        if not count_hits:
+            return loss
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 7
-        input, target, weight, saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_cross_entropy_grad(ctx, grad_loss), None
+        if ctx.save == _SAVE_ROWS:
+            return _grad_from_logits(ctx, grad_loss), None
+        grad = ctx.__dict__.pop("unit_grad", None)
+        if grad is None:  # not the first pass
+            grad = _save_again(ctx, _SAVE_GRAD)
+        if torch._C._are_functorch_transforms_active():  # grad_loss is a batch of gradients
+            return grad * _per_logit(grad_loss), None
+        if grad.is_cpu and grad_loss.dim() == 0:
+            scale = grad_loss.item()
+            if scale == 1:
+                return grad, None
+            if not math.isfinite(scale):  # 0 * inf would not leave the ignored rows 0
+                return _grad_from_logits(ctx, grad_loss), None
+        return grad.mul_(_per_logit(grad_loss)), None
+
+
+def _per_logit(grad_loss):
+    """The gradient of each row's loss, or of all rows', in a shape that multiplies the logits."""
+    return grad_loss.unsqueeze(1) if grad_loss.dim() > 0 else grad_loss
+
+
+def _grad_from_logits(ctx, grad_loss):
+    input, target, weight, *rows = ctx.saved_tensors
+    saved = rows[0] if rows else _save_again(ctx, _SAVE_ROWS)
+    return _ops.cross_entropy_backward(grad_loss, input, target, weight, saved, *ctx.settings)
+
+
+def _save_again(ctx, save):
+    input, target, weight, *_ = ctx.saved_tensors
+    arguments = (input, target, weight, *ctx.settings, False, save, False)
+    return _ops.cross_entropy_forward(*arguments)[1]
+
+
+class _TracedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(input, target, weight, *arguments):
+        *settings, count_hits = arguments
+        outputs = _ops.cross_entropy_forward(
+            input, target, weight, *settings, _SAVE_ROWS, count_hits
+        )
+        return outputs if count_hits else outputs[:2]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, weight, *settings, _, _ = inputs
+        ctx.settings = settings
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            grad = None
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grad = _differentiable_cross_entropy_grad(ctx, grad_loss)
         else:
-            grad = _ops.cross_entropy_backward(
-                grad_loss, input, target, weight, saved, *ctx.arguments
-            )
-        return grad, None, None, None, None, None, None
-
-
-class _TracedCrossEntropy(_CrossEntropy):
-    forward = staticmethod(_cross_entropy_forward)
-    setup_context = staticmethod(_save_cross_entropy)
+            grad = _grad_from_logits(ctx, grad_loss)
+        return grad, *[None] * 7
 
 
 def _differentiable_cross_entropy_grad(ctx, grad_loss):
     """The gradient of input as native ops of input and grad_loss, for double backward."""
-    input, target, weight, _ = ctx.saved_tensors
-    ignore_index, code, label_smoothing = ctx.arguments
+    input, target, weight, *_ = ctx.saved_tensors
+    ignore_index, code, label_smoothing = ctx.settings
     dtype = torch.promote_types(input.dtype, torch.float32)
     if target.is_floating_point():
         target = target.to(dtype)

@@ -198,6 +198,7 @@ struct Kernels {
 
 struct BlockSum {
   double loss = 0, weight = 0;
+  int64_t hits = 0;
 };
 
 void throw_out_of_range(const Tensor& target, int64_t row, int64_t C) {
@@ -214,24 +215,46 @@ void store_losses(const Acc* from, int64_t n, Tensor& loss, int64_t begin) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Loss>(from[i]);
 }
 
-// Fills `loss` (one value per row, or their reduction) and `saved` unless it is empty.
+// Sum of the weights of all rows; `bad` becomes the first row whose target is out of range.
 template <typename T, typename P, typename Acc>
-void forward(const Problem<T, P, Acc>& problem, int64_t reduction, Tensor& loss, Tensor& saved) {
+double total_weight(const Problem<T, P, Acc>& problem, std::atomic<int64_t>* bad) {
+  if (problem.common.prob) return problem.layout.rows;
+  double sum = 0;
+  int64_t y[kMaxBlockRows];
+  for (int64_t row = 0; row < problem.layout.rows; row += kMaxBlockRows)
+    sum += problem.load_classes(row, std::min(kMaxBlockRows, problem.layout.rows - row), y, bad);
+  return sum;
+}
+
+// Fills `loss` (one value per row, or their reduction), `saved` and `hits`.
+template <typename T, typename P, typename Acc>
+void forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t save, Tensor& loss,
+             Tensor& saved, Tensor& hits) {
   const RowLayout& layout = problem.layout;
   const bool float_loss = loss.scalar_type() == accumulate_type(loss.scalar_type());
-  Acc* save = saved.numel() ? static_cast<Acc*>(saved.mutable_data_ptr()) : nullptr;
+  Acc* stats = save == kSaveRows ? static_cast<Acc*>(saved.mutable_data_ptr()) : nullptr;
   std::vector<BlockSum> sums((layout.rows + block_rows(layout.C) - 1) / block_rows(layout.C));
   std::atomic<int64_t> bad{layout.rows};
+  const bool with_grad = save == kSaveGrad;
+  Acc unit = 1;
+  if (with_grad && reduction == kMean) unit = static_cast<Acc>(1 / total_weight(problem, &bad));
   const Kernels<T, P, Acc> kernels(problem.common);
   for_each_block(layout, [&](int64_t block, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];
-    Acc losses[kMaxBlockRows];
+    Acc losses[kMaxBlockRows], maxima[kMaxBlockRows], log_sums[kMaxBlockRows];
+    Acc scale[kMaxBlockRows];
+    std::fill_n(scale, n, unit);
     sums[block].weight = problem.common.prob ? n : problem.load_classes(begin, n, y, &bad);
     problem.for_each_run(begin, n, [&](RowRun<T, P, Acc>& run, int64_t row) {
       run.y = y + (row - begin);
       run.loss = losses + (row - begin);
-      if (save) run.maximum = save + row, run.log_sum = save + layout.rows + row;
+      if (stats) run.maximum = stats + row, run.log_sum = stats + layout.rows + row;
+      if (with_grad) run.maximum = maxima + (row - begin), run.log_sum = log_sums + (row - begin);
+      run.scale = scale + (row - begin);
       kernels.forward(run);
+      if (with_grad) kernels.backward(run);
+      if (hits.defined())
+        for (int64_t i = 0; i < run.rows; ++i) sums[block].hits += is_hit(run, i);
     });
     if (reduction != kNone) {
       for (int64_t i = 0; i < n; ++i) sums[block].loss += losses[i];
@@ -244,8 +267,13 @@ void forward(const Problem<T, P, Acc>& problem, int64_t reduction, Tensor& loss,
   if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
   BlockSum total;
   for (const BlockSum& sum : sums) total.loss += sum.loss, total.weight += sum.weight;
+  if (hits.defined()) {
+    int64_t& count = *static_cast<int64_t*>(hits.mutable_data_ptr());
+    count = 0;
+    for (const BlockSum& sum : sums) count += layout.C ? sum.hits : 0;
+  }
   if (layout.C == 0) total = {};  // no logits: sums are 0 and means NaN, as in PyTorch
-  if (save) save[2 * layout.rows] = static_cast<Acc>(total.weight);
+  if (stats) stats[2 * layout.rows] = static_cast<Acc>(total.weight);
   if (reduction == kNone) return;
   const Acc value = static_cast<Acc>(reduction == kMean ? total.loss / total.weight : total.loss);
   float_loss ? store_losses<Acc>(&value, 1, loss, 0) : store_losses<T>(&value, 1, loss, 0);
@@ -286,26 +314,31 @@ Tensor flat_target(const CrossEntropyShape& s, const Tensor& target) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                                 const std::optional<Tensor>& weight,
-                                                 int64_t ignore_index, int64_t reduction,
-                                                 double label_smoothing, bool float_loss,
-                                                 bool save) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                         const std::optional<Tensor>& weight,
+                                                         int64_t ignore_index, int64_t reduction,
+                                                         double label_smoothing, bool float_loss,
+                                                         int64_t save, bool count_hits) {
   const char* op = "cross_entropy";
   const CrossEntropyShape s =
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
-  const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, nullptr});
+  check_cross_entropy_outputs(op, s, save, count_hits);
   const ScalarType type = input.scalar_type();
   Tensor loss = empty_flat(reduction == kNone ? s.batch : std::vector<int64_t>{},
                            float_loss ? accumulate_type(type) : type, input);
-  Tensor saved = empty_flat({save ? saved_numel(layout.rows) : 0}, accumulate_type(type), input);
+  Tensor saved = empty_saved(save, s.rows(), input);
+  Tensor hits = empty_hits(count_hits, input);
+  const RowLayout layout =
+      row_layout(op, s, {&input, s.prob ? &target : nullptr, save == kSaveGrad ? &saved : nullptr});
   const Tensor flat = flat_target(s, target);
   dispatch_types(type, s.prob ? target.scalar_type() : type, [&](auto t, auto p, auto acc) {
-    const Problem<decltype(t), decltype(p), decltype(acc)> problem(
+    Problem<decltype(t), decltype(p), decltype(acc)> problem(
         layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    forward(problem, reduction, loss, saved);
+    if (save == kSaveGrad)
+      problem.common.grad = static_cast<decltype(t)*>(saved.mutable_data_ptr());
+    forward(problem, reduction, save, loss, saved, hits);
   });
-  return {loss, saved};
+  return {loss, saved, hits};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
@@ -315,7 +348,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   const CrossEntropyShape s =
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
   check_cross_entropy_backward(s, grad_loss, input, saved, reduction);
-  Tensor grad = torch::stable::empty_like(input);
+  Tensor grad = new_like(input);
   const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, &grad});
   if (grad.numel() == 0) return grad;
   const Tensor flat = flat_target(s, target);

@@ -101,6 +101,20 @@ void backward_row(const RowRun<T, P, Acc>& run, int64_t row) {
   }
 }
 
+// Is the target's logit the first of the greatest? Not where a row is ignored or has a NaN.
+template <typename T, typename P, typename Acc>
+bool is_hit(const RowRun<T, P, Acc>& run, int64_t row) {
+  const T* x = run.x + row * run.x_row;
+  const int64_t y = run.y[row];
+  if (y == kIgnored) return false;
+  const Acc at_target = static_cast<Acc>(x[y * run.x_class]);
+  for (int64_t c = 0; c < run.C; ++c) {
+    const Acc value = static_cast<Acc>(x[c * run.x_class]);
+    if (!(c < y ? value < at_target : value <= at_target)) return false;
+  }
+  return true;
+}
+
 template <typename T, typename P, typename Acc>
 void forward_general(const RowRun<T, P, Acc>& run) {
   for (int64_t row = 0; row < run.rows; ++row) forward_row(run, row);

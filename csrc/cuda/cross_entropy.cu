@@ -27,6 +27,7 @@ namespace fastcls::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPartialSums = 3;  // of a chunk: losses, weights, hits
 
 template <typename Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
@@ -149,12 +150,12 @@ __device__ inline double reduce_block(double value) {
 template <typename T, typename Acc, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(Problem<T, Acc> problem, int64_t rows_per_block, Acc* saved, T* row_loss,
-                   Acc* wide_row_loss, double* partial) {
+                   Acc* wide_row_loss, bool count_hits, double* partial) {
   const RowLayout& layout = problem.layout;
   const int64_t C = layout.C, x_class = layout.class_stride[kInput];
   const int64_t t_class = layout.class_stride[kTarget];
   const int lane = threadIdx.x % kGroup;
-  double loss_sum = 0, weight_sum = 0;
+  double loss_sum = 0, weight_sum = 0, hits = 0;
   for (int64_t r = threadIdx.x / kGroup; r < rows_per_block; r += kThreads / kGroup) {
     // All threads take part in the reductions, those beyond the last row with empty sums.
     const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + r;
@@ -184,6 +185,15 @@ __global__ void __launch_bounds__(kThreads)
     }
     const Acc log_sum = std::log(reduce_row<kGroup>(sum, Sum()));
     if (dense) q_sum = reduce_row<kGroup>(q_sum, Sum()), q_dot = reduce_row<kGroup>(q_dot, Sum());
+    int beaten = 0;  // by a NaN, or by a class before the target's that reaches the maximum
+    if (count_hits) {
+      const int64_t y = active ? problem.index(row) : 0;
+      for (int64_t c = first; c < C; c += kGroup) {
+        const Acc value = static_cast<Acc>(x[c * x_class]);
+        beaten |= !(c < y ? value < m : value <= m);
+      }
+      beaten = reduce_row<kGroup>(beaten, Max());
+    }
     if (!active || lane != 0) continue;
 
     // 3. The row's loss: sum of q (log_sum + m - x).
@@ -196,7 +206,9 @@ __global__ void __launch_bounds__(kThreads)
         loss = kNaN<Acc>;
       } else {
         weight = problem.weight_of(y);
-        loss += problem.keep * weight * (log_sum - (static_cast<Acc>(x[y * x_class]) - m));
+        const Acc x_y = static_cast<Acc>(x[y * x_class]);
+        loss += problem.keep * weight * (log_sum - (x_y - m));
+        hits += !beaten && x_y == m;
       }
     }
     if (saved) saved[row] = m, saved[layout.rows + row] = log_sum;
@@ -208,21 +220,27 @@ __global__ void __launch_bounds__(kThreads)
   if (!partial) return;
   loss_sum = reduce_block(loss_sum);
   weight_sum = reduce_block(weight_sum);
-  if (threadIdx.x == 0)
-    partial[2 * blockIdx.x] = loss_sum, partial[2 * blockIdx.x + 1] = weight_sum;
+  if (count_hits) hits = reduce_block(hits);
+  if (threadIdx.x != 0) return;
+  double* sums = partial + kPartialSums * blockIdx.x;
+  sums[0] = loss_sum, sums[1] = weight_sum, sums[2] = hits;
 }
 
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const double* partial, int64_t blocks, bool mean, Acc* divisor, T* loss,
-                  Acc* wide_loss) {
-  double loss_sum = 0, weight_sum = 0;
-  for (int64_t b = threadIdx.x; b < blocks; b += kThreads)
-    loss_sum += partial[2 * b], weight_sum += partial[2 * b + 1];
+                  Acc* wide_loss, int64_t* hits) {
+  double loss_sum = 0, weight_sum = 0, hit_sum = 0;
+  for (int64_t b = threadIdx.x; b < blocks; b += kThreads) {
+    const double* sums = partial + kPartialSums * b;
+    loss_sum += sums[0], weight_sum += sums[1], hit_sum += sums[2];
+  }
   loss_sum = reduce_block(loss_sum);
   weight_sum = reduce_block(weight_sum);
+  hit_sum = reduce_block(hit_sum);
   if (threadIdx.x != 0) return;
   const double value = mean ? loss_sum / weight_sum : loss_sum;
+  if (hits) *hits = static_cast<int64_t>(hit_sum);
   if (divisor) *divisor = static_cast<Acc>(weight_sum);
   if (loss) *loss = static_cast<T>(static_cast<Acc>(value));
   if (wide_loss) *wide_loss = static_cast<Acc>(value);
@@ -263,7 +281,9 @@ __global__ void __launch_bounds__(kThreads)
 
     // 2. scale (Q p - q).
     const int64_t g = reduction == kNone ? row : 0;
-    Acc scale = wide_grad_loss ? wide_grad_loss[g] : static_cast<Acc>(grad_loss[g]);
+    Acc scale = 1;  // where neither is given
+    if (wide_grad_loss) scale = wide_grad_loss[g];
+    if (grad_loss) scale = static_cast<Acc>(grad_loss[g]);
     if (reduction == kMean) scale /= saved[2 * layout.rows];
     if (!valid) scale = kNaN<Acc>;
     const Acc m = saved[row], log_sum = saved[layout.rows + row];
@@ -330,64 +350,18 @@ T* data_if(const Tensor& t, bool matches) {
   return matches ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                                 const std::optional<Tensor>& weight,
-                                                 int64_t ignore_index, int64_t reduction,
-                                                 double label_smoothing, bool float_loss,
-                                                 bool save) {
-  const char* op = "cross_entropy";
-  const CrossEntropyShape s =
-      check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
-  const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, nullptr});
-  const ScalarType type = input.scalar_type();
-  const ScalarType loss_type = float_loss ? accumulate_type(type) : type;
-  const bool wide_loss = loss_type == accumulate_type(type), each = reduction == kNone;
-  Tensor loss = empty_flat(each ? s.batch : std::vector<int64_t>{}, loss_type, input);
-  Tensor saved = empty_flat({save ? saved_numel(layout.rows) : 0}, accumulate_type(type), input);
-  const Tensor flat = s.prob ? target : torch::stable::contiguous(target);
-  const int group = threads_per_row(layout);
-  // Without logits every sum is 0 and every mean NaN, as in PyTorch.
-  const int64_t chunk = rows_per_block(layout.rows, group);
-  const int64_t blocks = layout.C == 0 && !each ? 0 : (layout.rows + chunk - 1) / chunk;
-  const Tensor partial = empty_flat({each ? 0 : 2 * blocks}, ScalarType::Double, input);
-  const Launcher launch(input);
-  dispatch_types(type, [&](auto t, auto acc) {
-    using T = decltype(t);
-    using Acc = decltype(acc);
-    const Problem<T, Acc> problem = make_problem<T, Acc>(
-        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    Acc* save_to = data_if<Acc>(saved, save);
-    T* narrow = data_if<T>(loss, !wide_loss);
-    Acc* wide = data_if<Acc>(loss, wide_loss);
-    double* sums = data_if<double>(partial, !each);
-    if (blocks > 0)
-      dispatch_group(group, [&](auto threads) {
-        launch(forward_kernel<T, Acc, decltype(threads)::value>, dim3(blocks), kThreads, problem,
-               chunk, save_to, each ? narrow : nullptr, each ? wide : nullptr, sums);
-      });
-    if (!each)
-      launch(finish_kernel<T, Acc>, dim3(1), kThreads, static_cast<const double*>(sums), blocks,
-             reduction == kMean, save_to ? save_to + 2 * layout.rows : nullptr, narrow, wide);
-  });
-  return {loss, saved};
-}
-
-Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                              const std::optional<Tensor>& weight, const Tensor& saved,
-                              int64_t ignore_index, int64_t reduction, double label_smoothing) {
-  const char* op = "cross_entropy_backward";
-  const CrossEntropyShape s =
-      check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
-  check_cross_entropy_backward(s, grad_loss, input, saved, reduction);
-  Tensor grad = torch::stable::empty_like(input);
-  const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, &grad});
+// The gradient of the logits; that of a result whose own gradient is 1 where grad_loss is missing.
+Tensor launch_backward(const std::optional<Tensor>& grad_loss, const Tensor& input,
+                       const Tensor& target, const std::optional<Tensor>& weight,
+                       const Tensor& saved, const CrossEntropyShape& s, int64_t ignore_index,
+                       int64_t reduction, double label_smoothing) {
+  Tensor grad = new_like(input);
+  const RowLayout layout =
+      row_layout("cross_entropy_backward", s, {&input, s.prob ? &target : nullptr, &grad});
   if (grad.numel() == 0) return grad;
   const Tensor flat = s.prob ? target : torch::stable::contiguous(target);
-  const Tensor flat_grad = torch::stable::contiguous(grad_loss);
   const ScalarType type = input.scalar_type();
-  const bool wide_grad = grad_loss.scalar_type() == accumulate_type(type);
+  const bool wide_grad = grad_loss && grad_loss->scalar_type() == accumulate_type(type);
   const int group = threads_per_row(layout);
   const int64_t chunk = rows_per_block(layout.rows, group);
   const int64_t blocks = (layout.rows + chunk - 1) / chunk;
@@ -397,7 +371,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
     using Acc = decltype(acc);
     const Problem<T, Acc> problem = make_problem<T, Acc>(
         layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    const void* g = flat_grad.const_data_ptr();
+    const void* g = grad_loss ? grad_loss->const_data_ptr() : nullptr;
     dispatch_group(group, [&](auto threads) {
       launch(backward_kernel<T, Acc, decltype(threads)::value>, dim3(blocks), kThreads, problem,
              chunk, static_cast<const Acc*>(saved.const_data_ptr()),
@@ -407,6 +381,70 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
     });
   });
   return grad;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                         const std::optional<Tensor>& weight,
+                                                         int64_t ignore_index, int64_t reduction,
+                                                         double label_smoothing, bool float_loss,
+                                                         int64_t save, bool count_hits) {
+  const char* op = "cross_entropy";
+  const CrossEntropyShape s =
+      check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
+  check_cross_entropy_outputs(op, s, save, count_hits);
+  const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, nullptr});
+  const ScalarType type = input.scalar_type();
+  const ScalarType loss_type = float_loss ? accumulate_type(type) : type;
+  const bool wide_loss = loss_type == accumulate_type(type), each = reduction == kNone;
+  Tensor loss = empty_flat(each ? s.batch : std::vector<int64_t>{}, loss_type, input);
+  const Tensor rows = empty_saved(save ? kSaveRows : kSaveNothing, layout.rows, input);
+  const Tensor hits = empty_hits(count_hits, input);
+  const Tensor flat = s.prob ? target : torch::stable::contiguous(target);
+  const int group = threads_per_row(layout);
+  // Without logits every sum is 0 and every mean NaN, as in PyTorch.
+  const int64_t chunk = rows_per_block(layout.rows, group);
+  const int64_t blocks = layout.C == 0 && !each ? 0 : (layout.rows + chunk - 1) / chunk;
+  const bool sums_wanted = !each || count_hits;
+  const Tensor partial =
+      empty_flat({sums_wanted ? kPartialSums * blocks : 0}, ScalarType::Double, input);
+  const Launcher launch(input);
+  dispatch_types(type, [&](auto t, auto acc) {
+    using T = decltype(t);
+    using Acc = decltype(acc);
+    const Problem<T, Acc> problem = make_problem<T, Acc>(
+        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
+    Acc* save_to = data_if<Acc>(rows, save);
+    T* narrow = data_if<T>(loss, !wide_loss);
+    Acc* wide = data_if<Acc>(loss, wide_loss);
+    double* sums = data_if<double>(partial, sums_wanted);
+    if (blocks > 0)
+      dispatch_group(group, [&](auto threads) {
+        launch(forward_kernel<T, Acc, decltype(threads)::value>, dim3(blocks), kThreads, problem,
+               chunk, save_to, each ? narrow : nullptr, each ? wide : nullptr, count_hits, sums);
+      });
+    if (sums_wanted)
+      launch(finish_kernel<T, Acc>, dim3(1), kThreads, static_cast<const double*>(sums), blocks,
+             reduction == kMean, save_to ? save_to + 2 * layout.rows : nullptr,
+             each ? nullptr : narrow, each ? nullptr : wide, data_if<int64_t>(hits, count_hits));
+  });
+  if (save != kSaveGrad) return {loss, rows, hits};
+  return {loss,
+          launch_backward(std::nullopt, input, flat, weight, rows, s, ignore_index, reduction,
+                          label_smoothing),
+          hits};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                              const std::optional<Tensor>& weight, const Tensor& saved,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  const char* op = "cross_entropy_backward";
+  const CrossEntropyShape s =
+      check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
+  check_cross_entropy_backward(s, grad_loss, input, saved, reduction);
+  return launch_backward(torch::stable::contiguous(grad_loss), input, target, weight, saved, s,
+                         ignore_index, reduction, label_smoothing);
 }
 
 }  // namespace fastcls::cuda

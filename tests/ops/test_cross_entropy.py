@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import LAYOUTS, assert_error_within_twice_native, with_layout
 
 from fastcls import FusedCrossEntropyLoss, functional, reference
-from fastcls.functional import cross_entropy
+from fastcls.functional import cross_entropy, cross_entropy_with_hits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
 import build as emulator
@@ -326,6 +326,85 @@ def test_extreme_smoothing(device, smoothing):
     torch.testing.assert_close(cross_entropy(input, target, label_smoothing=smoothing), expected)
 
 
+# ------------------------------------------------------------------------------- top-1 hits
+
+
+def assert_hits(input, target, **arguments):
+    """Hits as argmax counts them; loss and gradient the same as without counting."""
+    right = (input.argmax(min(1, input.dim() - 1)) == target) & (target != IGNORED)
+    with torch.no_grad():
+        loss, hits = cross_entropy_with_hits(input, target, **arguments)
+    assert hits.dtype == torch.int64 and hits.shape == () and hits.device == input.device
+    assert hits == right.sum()
+    x = input.detach().requires_grad_()
+    loss, hits = cross_entropy_with_hits(x, target, **arguments)
+    assert hits == right.sum() and not hits.requires_grad
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    expected = cross_entropy(x, target, **arguments)
+    assert loss.dtype == expected.dtype and loss.equal(expected)
+    assert grad.equal(torch.autograd.grad(expected.sum(), x)[0])
+
+
+def check_hits(shape, dtype, device):
+    input, target = make_case(shape, "ignore", dtype, device)
+    class_dim = min(1, len(shape) - 1)
+    right = input.argmax(class_dim)
+    target = torch.where((target != IGNORED) & (target % 3 > 0), right, target)
+    assert_hits(input, target)
+    weight = class_weight(shape[class_dim], dtype, device)
+    for reduction in REDUCTIONS:
+        assert_hits(input, target, weight=weight, reduction=reduction, label_smoothing=0.1)
+    ties = input.round().clamp(-1, 1)  # nearly every row has several greatest logits
+    assert_hits(ties, torch.where(target % 2 == 0, ties.argmax(class_dim), target))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s, _ in SHAPES], ids=SHAPE_IDS)
+def test_hits(device, shape, dtype):
+    check_hits(shape, dtype, device)
+
+
+def check_hits_at_the_edges(device):
+    def hits(rows, target):
+        return cross_entropy_with_hits(
+            torch.tensor(rows, device=device), torch.tensor(target, device=device)
+        )[1]
+
+    for C in (4, 40):
+        pad = [-2.0] * (C - 4)
+        assert hits([[1.0, 2.0, 2.0, 0.0, *pad]], [1]) == 1  # the first of equal ones
+        assert hits([[1.0, 2.0, 2.0, 0.0, *pad]], [2]) == 0
+        assert hits([[-INF, 1.0, -INF, -1.0, *pad]], [1]) == 1
+        assert hits([[0.0, INF, 0.0, 0.0, *pad]], [1]) == 1
+        assert hits([[-INF] * C], [0]) == 1
+        assert hits([[NAN, 1.0, 0.0, 0.0, *pad]] * 9, [1] * 9) == 0
+        assert hits([[0.0, 1.0, 0.0, NAN, *pad]] * 9, [1] * 9) == 0
+        assert hits([[NAN] * C], [0]) == 0
+        assert hits([[1.0, 0.0, 0.0, 0.0, *pad]] * 3, [0, IGNORED, 1]) == 1
+
+
+def test_hits_at_the_edges(device):
+    check_hits_at_the_edges(device)
+
+
+def test_hits_need_class_indices(device):
+    input, target = make_case((3, 5), "prob", device=device)
+    for t in (target, target.detach().requires_grad_()):
+        with pytest.raises(RuntimeError, match="class indices where hits are counted"):
+            cross_entropy_with_hits(input, t)
+    loss, hits = cross_entropy_with_hits(input[:0], torch.zeros(0, dtype=torch.int64))
+    assert loss.isnan() and hits == 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_hits_compile(device, grad):
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy_with_hits, fullgraph=True, backend="inductor")
+    input, target = make_case((6, 5), "index", device=device)
+    input.requires_grad_(grad)
+    torch.testing.assert_close(compiled(input, target), cross_entropy_with_hits(input, target))
+
+
 # ------------------------------------------------------------------ defects seen elsewhere
 
 
@@ -488,9 +567,11 @@ def test_opcheck(device, kind, reduction):
         weight = class_weight(6, device=device)
         weight = weight if dtype.itemsize == 2 else weight.to(dtype)
         settings = (-100, code, 0.1)
-        arguments = (input, target, weight, *settings, float_loss, True)
-        torch.library.opcheck(ops.cross_entropy_forward.default, arguments)
-        loss, saved = ops.cross_entropy_forward(*arguments)
+        for save, count_hits in itertools.product((0, 1, 2), {kind == "ignore", False}):
+            arguments = (input, target, weight, *settings, float_loss, save, count_hits)
+            torch.library.opcheck(ops.cross_entropy_forward.default, arguments)
+        arguments = (input, target, weight, *settings, float_loss, 1, False)
+        loss, saved, _ = ops.cross_entropy_forward(*arguments)
         torch.library.opcheck(
             ops.cross_entropy_backward.default,
             (torch.ones_like(loss), input, target, weight, saved, *settings),
@@ -799,6 +880,16 @@ def test_cuda_kernels_infinite_and_nan_logits(cuda_kernels, C, edge):
         ours = value_and_grad(cross_entropy, input, index, **arguments)
         native = value_and_grad(reference.cross_entropy, input, index, **arguments)
         torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s, _ in CUDA_SHAPES], ids=str)
+def test_cuda_kernels_hits(cuda_kernels, shape, dtype):
+    check_hits(shape, dtype, cuda_kernels)
+
+
+def test_cuda_kernels_hits_at_the_edges(cuda_kernels):
+    check_hits_at_the_edges(cuda_kernels)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 0)])
