@@ -30,6 +30,16 @@ def _traced():
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _decomposed():
+    """Must an op be made of PyTorch's own? vmap has rules for those only, ONNX has no other."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
 # ---------------------------------------------------------------------------------- conv_block
 
 
@@ -113,6 +123,21 @@ def conv_block(
         pool_padding,
         ceil_mode,
     )
+    if _decomposed():
+        return reference.conv_block(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation=activation,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            ceil_mode=ceil_mode,
+        )
     input, weight, bias = _autocast(input, weight, bias)
     if _needs_grad(input, weight, bias):
         function = _TracedConvBlock if _traced() else _ConvBlock

@@ -68,14 +68,17 @@ class FusedConvBlock(nn.Conv2d):
         self.ceil_mode = ceil_mode
 
     def forward(self, input):
+        return self._block(functional.conv_block, input, self.weight, self.bias)
+
+    def _block(self, conv_block, input, weight, bias):
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return functional.conv_block(
+        return conv_block(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,

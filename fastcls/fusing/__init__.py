@@ -1,0 +1,84 @@
+"""Swaps the layers of any model for the fused ops, wherever that is proved equal."""
+
+import copy
+
+import torch
+from torch import nn
+
+from fastcls.fusing.apply import apply
+from fastcls.fusing.plan import make_plan
+from fastcls.fusing.report import FusionReport, Row
+from fastcls.fusing.swapped import restore_class
+
+__all__ = ["FusionReport", "Row", "fuse", "fusion_report", "unfuse"]
+
+_REPORT = "_fastcls_report"
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model with its chains of layers swapped for fused ops, wherever that is proved equal.
+
+    conv → ReLU (→ max-pool), conv → max-pool (→ ReLU), conv → BatchNorm → ReLU (→ max-pool), where
+    the batch norm is folded in evaluation; cross-entropy; log-softmax → negative log-likelihood: as
+    modules and as functions, in ``nn.Sequential`` and in any ``forward`` that torch.fx can trace.
+
+    Parameters and buffers are the same objects in both models, so that optimisers made before go
+    on working; names, ``state_dict``, modes, hooks and classes stay. Nothing is done by halves: a
+    chain that cannot be proved equal stays as it is, and ``fusion_report`` says why.
+
+    Args:
+        model: any module; itself unchanged unless ``inplace``.
+        inplace: change ``model`` itself instead of a copy that shares its parameters.
+
+    Raises:
+        TypeError: not a module, or one wrapped by torch.compile, torch.jit or a parallel wrapper:
+            fuse the model inside first.
+    """
+    _check_model("fuse", model)
+    model = unfuse(model, inplace=inplace)
+    plan = make_plan(model)
+    report = plan.report()  # in the names of the native classes
+    apply(plan)
+    vars(model)[_REPORT] = report
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model as it was before ``fuse``, on the same parameters; blocks made by hand stay.
+
+    Args:
+        model: a fused model, or any other; itself unchanged unless ``inplace``.
+        inplace: change ``model`` itself instead of a copy that shares its parameters.
+    """
+    _check_model("unfuse", model)
+    model = model if inplace else _twin(model)
+    for module in model.modules():
+        vars(module).pop(_REPORT, None)
+        restore_class(module)
+    return model
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What ``fuse`` did to this model, or would do: each chain, and why those left were left."""
+    _check_model("fusion_report", model)
+    report = vars(model).get(_REPORT)
+    return make_plan(unfuse(model)).report() if report is None else report
+
+
+def _check_model(function, model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    wrappers = {"OptimizedModule", "ScriptModule", "DataParallel", "DistributedDataParallel"}
+    if wrappers & {cls.__name__ for cls in type(model).__mro__}:  # torch._dynamo is slow to import
+        raise TypeError(
+            f"{function}: model must not be wrapped, got {type(model).__name__}: "
+            f"{function} the model inside, then wrap it"
+        )
+
+
+def _twin(model):
+    """A copy with the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [v for v in vars(module).values() if isinstance(v, torch.Tensor)]
+    return copy.deepcopy(model, {id(t): t for t in tensors})

@@ -1,0 +1,217 @@
+"""Finds chains of steps that one fused op can do, across the borders of modules.
+
+A value is followed from the step that makes it to the one that uses it: within a graph, out of a
+module whose result it is, into a module whose argument it is.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from fastcls.fusing.steps import Step, changed_call, input_of, read
+from fastcls.fusing.tracing import Traced
+
+HEADS = ("conv", "log_softmax", "cross_entropy")
+
+
+class Link(NamedTuple):
+    """A step at its place: the graph and the node."""
+
+    traced: Traced
+    node: fx.Node
+    step: Step
+
+    @property
+    def path(self) -> str:
+        """The module's name in the model; for a function, that of the module which calls it."""
+        names = [self.traced.path, self.step.name if self.step.module is not None else ""]
+        return ".".join(filter(None, names))
+
+    @property
+    def what(self) -> str:
+        module = self.step.module
+        return self.step.name if module is None else type(module).__name__
+
+
+@dataclass(eq=False)
+class Chain:
+    """``head`` and the steps after it that could be done with it.
+
+    ``ended`` says why a step that could have followed was left out, ``refusal`` why nothing is
+    fused at all.
+    """
+
+    head: Link
+    links: list[Link] = field(default_factory=list)
+    ended: str = ""
+    refusal: str | None = None
+
+    @property
+    def all_links(self) -> list[Link]:
+        return [self.head, *self.links]
+
+    def link(self, kind: str) -> Link | None:
+        return next((link for link in self.links if link.step.kind == kind), None)
+
+    def shorten(self, length: int, why: str) -> None:
+        """Leave out the steps from number ``length`` on, and the chain if too little is left."""
+        del self.links[length:]
+        self.ended = why
+        if self.head.step.kind == "cross_entropy":
+            return
+        if all(link.step.kind == "batch_norm" for link in self.links):
+            self.refuse(why)
+
+    def refuse(self, why: str) -> None:
+        self.refusal = why
+        self.links.clear()
+
+
+def signature(link: Link):
+    """Equal for two steps that do the same: modules by identity, functions by arguments."""
+    step = link.step
+    if step.module is not None:
+        return step.kind, id(step.module)
+    return step.kind, {k: v for k, v in step.arguments.items() if not isinstance(v, fx.Node)}
+
+
+class View:
+    """All graphs of a model in one mode, seen as one flow."""
+
+    def __init__(self, traced: list[Traced], root: nn.Module):
+        self.traced = traced
+        self.root = root
+        self.by_owner = {id(t.owner): t for t in traced}
+        self.calls = defaultdict(list)  # id of a module → [(graph, node)]
+        for t in traced:
+            for node in t.graph.nodes:
+                if node.op == "call_module":
+                    self.calls[id(t.owner.get_submodule(node.target))].append((t, node))
+
+    def chains(self) -> list[Chain]:
+        """Every convolution, log-softmax and cross-entropy, with the steps that follow it."""
+        return [
+            self._chain(Link(t, node, step))
+            for t in self.traced
+            for node in t.graph.nodes
+            if (step := self._step(t, node)) and step.kind in HEADS
+        ]
+
+    def _step(self, traced: Traced, node: fx.Node) -> Step | None:
+        if node.op == "call_module" and self._inner(traced, node) is not None:
+            return None  # looked into instead
+        return read(node, traced.owner)
+
+    def _inner(self, traced: Traced, call: fx.Node) -> Traced | None:
+        return self.by_owner.get(id(traced.owner.get_submodule(call.target)))
+
+    def _chain(self, head: Link) -> Chain:
+        chain = Chain(head)
+        calls = len(self.calls[id(head.step.module)])
+        if head.step.refusal:
+            chain.refuse(head.step.refusal)
+        elif calls > 1 and head.step.kind == "conv":
+            chain.refuse(f"{head.what} is called {calls} times")
+        elif head.step.kind == "log_softmax" and _overwritten(input_of(head.node)):
+            chain.refuse("the logits are overwritten")
+        at = head.traced, head.node
+        while not chain.refusal and (expected := _expected(chain)):
+            found = self._next(*at)
+            if isinstance(found, str):
+                if not _does_something(chain):
+                    chain.refuse(found)
+                break
+            traced, node, value = found
+            step = self._step(traced, node)
+            if step is None or step.kind not in expected or input_of(node) is not value:
+                if not _does_something(chain):
+                    chain.refuse(f"no {_wanted(chain)} follows")
+                break
+            if refusal := step.refusal or _mixed(head, step):
+                chain.shorten(len(chain.links), refusal)
+                break
+            chain.links.append(Link(traced, node, step))
+            at = traced, node
+        return chain
+
+    def _next(self, traced: Traced, value: fx.Node) -> tuple[Traced, fx.Node, fx.Node] | str:
+        """Graph and node of the only use of ``value``, and its name there; or why there is none."""
+        while True:
+            if len(value.users) != 1:
+                return f"its result is used {len(value.users)} times"
+            (user,) = value.users
+            if user.op == "output":
+                where = self._caller(traced, user, value)
+            elif user.op == "call_module":
+                inner = self._inner(traced, user)
+                if inner is None:
+                    return traced, user, value
+                where = self._inside(inner, user, value)
+            else:
+                return traced, user, value
+            if isinstance(where, str):
+                return where
+            traced, value = where
+
+    def _caller(self, traced: Traced, output: fx.Node, value: fx.Node):
+        if traced.owner is self.root:
+            return "its result leaves the model"
+        if output.args[0] is not value:
+            return f"its result leaves {traced.path} along with others"
+        return self._crossing(traced) or self.calls[id(traced.owner)][0]
+
+    def _inside(self, inner: Traced, call: fx.Node, value: fx.Node):
+        if call.args != (value,) or call.kwargs:
+            return f"{inner.path} has other arguments besides"
+        arguments = (n for n in inner.graph.nodes if n.op == "placeholder")
+        return self._crossing(inner) or (inner, next(arguments))
+
+    def _crossing(self, traced: Traced) -> str | None:
+        """Why no chain may cross the border of this module."""
+        calls = len(self.calls[id(traced.owner)])
+        if calls == 0:
+            return f"{traced.path} is called by a forward that could not be traced"
+        if calls > 1:
+            return f"{traced.path} is called {calls} times"
+        why = changed_call(traced.owner)
+        return why and f"{traced.path}: {why}"
+
+
+def _expected(chain):
+    """Kinds that may come next; batch_norm only directly behind the convolution."""
+    kinds = {link.step.kind for link in chain.links}
+    if chain.head.step.kind == "log_softmax":
+        return {"nll_loss"} - kinds
+    if chain.head.step.kind == "cross_entropy":
+        return set()
+    if not kinds:
+        return {"batch_norm", "relu", "max_pool"}
+    return {"relu", "max_pool"} - kinds
+
+
+def _mixed(head, step):
+    if step.kind == "batch_norm" and (step.module is None) != (head.step.module is None):
+        return "of convolution and batch norm one is a module, one a function"
+    return None
+
+
+def _does_something(chain):
+    return any(link.step.kind != "batch_norm" for link in chain.links)
+
+
+def _wanted(chain):
+    return (
+        "negative log-likelihood" if chain.head.step.kind == "log_softmax" else "ReLU or max-pool"
+    )
+
+
+def _overwritten(value):
+    def in_place(node):
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "imul", "isub")
+
+    return isinstance(value, fx.Node) and any(
+        in_place(user) for user in value.users if user.op in ("call_method", "call_function")
+    )

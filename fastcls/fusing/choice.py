@@ -1,0 +1,125 @@
+"""The fused ops where they are the faster ones, PyTorch's where those are."""
+
+import torch
+import torch.nn.functional as F
+
+from fastcls import functional
+
+# Measured on two AVX2 cores, float32, with the layers of VGG-16 and AlexNet:
+# bench/bench_fuse.py --benchmark -k layer
+FEW_CHANNELS = 4  # of a first layer: without a pool the fused op is faster up to there
+LARGE_WEIGHT = 1 << 18  # elements; 1 MiB, beyond which preparing the weight takes its time
+
+
+def conv_block_pays(input, weight, pool_size, needs_grad, images=None):
+    """Is the fused op faster than conv2d, max_pool2d and relu_ one after the other?
+
+    Without a pool the dense kernels of a library win, but for the few channels of an image. With
+    one they win where a large weight meets a small map.
+
+    Args:
+        input, weight: as for ``functional.conv_block``.
+        pool_size: None for no pool.
+        needs_grad: will a gradient be asked for?
+        images: batch size to go by; None: input's.
+    """
+    if input.dtype == torch.float64:
+        return False
+    few = weight.shape[1] <= FEW_CHANNELS
+    if pool_size is None or few or weight.numel() <= LARGE_WEIGHT:
+        return pool_size is not None or few
+    n = input.shape[0] if images is None else images
+    places = n * input.shape[-2] * input.shape[-1]
+    taps = weight.numel() // weight.shape[0]
+    return places >= taps // 4 if needs_grad else places >= 2 * taps
+
+
+# Sizes are unknown while a graph for any batch size is made: reading them would tie it to some.
+TYPICAL_IMAGES = 16
+
+
+def conv_block(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+):
+    """``functional.conv_block``, by whichever kernels are faster: the same numbers."""
+    needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    if input.dim() == 4 and conv_block_pays(
+        input,
+        weight,
+        pool_size,
+        needs_grad,
+        TYPICAL_IMAGES if torch.compiler.is_compiling() else None,
+    ):
+        return functional.conv_block(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation=activation,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            ceil_mode=ceil_mode,
+        )
+    out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return relu_and_pool(out, activation, pool_size, pool_stride, pool_padding, ceil_mode)
+
+
+def relu_and_pool(out, activation, pool_size, pool_stride, pool_padding, ceil_mode):
+    """ReLU and max-pool of a map that nobody else sees.
+
+    ReLU is monotone, so it may come after the pool, where there is less of it to do: the winner of
+    a window stays the same, or its gradient is zero. It works in place: no backward pass before it
+    reads the map.
+    """
+    if pool_size is not None:
+        out = F.max_pool2d(out, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+    return out if activation is None else F.relu_(out)
+
+
+def fold_batch_norm(weight, bias, running_mean, running_var, gamma=None, beta=None, eps=1e-5):
+    """Weight and bias of the convolution that does batch norm in evaluation too.
+
+    γ (w·x + b − μ) / √(σ² + ε) + β = (w s)·x + (b − μ) s + β with s = γ / √(σ² + ε).
+
+    Args:
+        weight: (K, C / groups, kernel_h, kernel_w).
+        bias: (K,) or None.
+        running_mean, running_var: μ and σ², (K,).
+        gamma, beta: (K,) or None for 1 and 0.
+
+    Returns:
+        New tensors with the dtype of ``weight``; gradients go through.
+    """
+    scale = torch.rsqrt(running_var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -running_mean if bias is None else bias - running_mean
+    shift = shift * scale
+    if beta is not None:
+        shift = shift + beta
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def nll_of_log_softmax(input, target, weight=None, ignore_index=-100, reduction="mean", *, dim=1):
+    """``nll_loss(log_softmax(input, dim), target, ...)`` in one op."""
+    if target.is_floating_point() or not (dim == 1 or input.dim() <= 2):
+        return F.nll_loss(
+            F.log_softmax(input, dim), target, weight, None, ignore_index, None, reduction
+        )
+    return functional.cross_entropy(input, target, weight, ignore_index, reduction)

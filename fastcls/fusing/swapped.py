@@ -1,0 +1,137 @@
+"""The classes that modules take on while they are fused, and give up again.
+
+A fused model has the very modules of the native one, under the same names; some have another
+class. So whatever refers to them, by whatever name, sees the change, and undoing it is exact.
+"""
+
+from torch import nn
+
+from fastcls.fusing import choice
+from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
+
+_NATIVE_CLASS = "_fastcls_native_class"
+_ADDED = "_fastcls_added"
+
+
+def change_class(module: nn.Module, cls: type, **attributes) -> None:
+    """Make ``module`` a ``cls`` with these attributes more, until ``restore_class``."""
+    added = [name for name in attributes if name not in vars(module)]
+    vars(module).update(attributes, **{_NATIVE_CLASS: type(module), _ADDED: added})
+    module.__class__ = cls
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo ``change_class``; nothing happens to other modules."""
+    native = vars(module).pop(_NATIVE_CLASS, None)
+    if native is None:
+        return
+    for name in vars(module).pop(_ADDED):
+        del vars(module)[name]
+    module.__class__ = native
+
+
+class SwappedConvBlock(FusedConvBlock):
+    """A convolution of the user's that does the steps after it too.
+
+    With batch norm among them it folds it into the weight in evaluation, anew in each call, since
+    all of its parts may change; in training it does the steps one by one.
+    """
+
+    def _get_name(self):
+        return "FusedConvBlock"
+
+    def forward(self, input):
+        weight, bias = self.weight, self.bias
+        if self.batch_norm is not None:
+            batch_norm = self._folded()
+            if batch_norm.training or batch_norm.running_mean is None:
+                return self._step_by_step(batch_norm, input)
+            weight, bias = choice.fold_batch_norm(
+                weight,
+                bias,
+                batch_norm.running_mean,
+                batch_norm.running_var,
+                batch_norm.weight,
+                batch_norm.bias,
+                batch_norm.eps,
+            )
+        return self._block(choice.conv_block, input, weight, bias)
+
+    def _folded(self):
+        owner, name = self.batch_norm
+        batch_norm = owner._modules[name]
+        if not isinstance(batch_norm, AbsorbedBatchNorm2d):
+            raise RuntimeError(
+                f"FusedConvBlock: the BatchNorm2d that fuse folds into it was replaced by "
+                f"{type(batch_norm).__name__}; unfuse the model before you change its layers"
+            )
+        return batch_norm
+
+    def _step_by_step(self, batch_norm, input):
+        out = self._conv_forward(input, self.weight, self.bias)
+        out = nn.BatchNorm2d.forward(batch_norm, out)
+        return choice.relu_and_pool(
+            out,
+            self.activation,
+            self.pool_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.ceil_mode,
+        )
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        return text if self.batch_norm is None else f"{text}, batch_norm={self.batch_norm[1]!r}"
+
+
+class Absorbed(nn.Identity):
+    """Holds the place of a module whose work a fused one does."""
+
+    def _get_name(self):
+        return f"Absorbed{vars(self)[_NATIVE_CLASS].__name__}"
+
+
+class AbsorbedBatchNorm2d(nn.BatchNorm2d):
+    """Keeps parameters, statistics and mode for the convolution that does its work."""
+
+    def forward(self, input):
+        return input
+
+
+class SwappedNLLLoss(FusedCrossEntropyLoss):
+    """Negative log-likelihood that does the log-softmax before it too."""
+
+    def forward(self, input, target):
+        return choice.nll_of_log_softmax(
+            input, target, self.weight, self.ignore_index, self.reduction, dim=self.dim
+        )
+
+
+def swap_conv(conv: nn.Conv2d, batch_norm, *, activation, pool_size, **pool) -> None:
+    """Give ``conv`` the steps after it, in the names of ``FusedConvBlock``.
+
+    ``batch_norm``: (parent module, name in it), or None.
+    """
+    block = {"pool_stride": None, "pool_padding": 0, "ceil_mode": False, **pool}
+    change_class(
+        conv,
+        SwappedConvBlock,
+        **block,
+        pool_size=pool_size,
+        activation=activation,
+        batch_norm=batch_norm,
+    )
+
+
+def absorb(module: nn.Module) -> None:
+    """Make ``module`` hand its input through."""
+    is_batch_norm = isinstance(module, nn.BatchNorm2d)
+    change_class(module, AbsorbedBatchNorm2d if is_batch_norm else Absorbed)
+
+
+def swap_cross_entropy(loss: nn.CrossEntropyLoss) -> None:
+    change_class(loss, FusedCrossEntropyLoss)
+
+
+def swap_nll_loss(loss: nn.NLLLoss, dim: int) -> None:
+    change_class(loss, SwappedNLLLoss, label_smoothing=0.0, dim=dim)

@@ -1,0 +1,642 @@
+"""fuse, unfuse and fusion_report: equal numbers, the same parameters, and nothing unproved."""
+
+import copy
+import itertools
+import pickle
+import random
+import re
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same
+from nets import Net, conv, layers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastcls import FusedConvBlock, FusedCrossEntropyLoss, fuse, fusion_report, unfuse
+from fastcls.fusing import choice
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the fused ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastcls":
+            self.ops.append(func._schema.name.removeprefix("fastcls::"))
+        return func(*args, **(kwargs or {}))
+
+
+def run(model, x, train):
+    """Output, gradients of input and parameters, and the fused ops that were called."""
+    model.train(train)
+    torch.manual_seed(1)  # of the dropouts
+    x = x.clone().requires_grad_()
+    with _Calls() as calls:
+        out = model(x)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
+        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
+    return [out.detach(), *grads], calls.ops
+
+
+def images(model, n=3):
+    g = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    return torch.randn(n, *model.image, generator=g, dtype=torch.float64).to(dtype)
+
+
+def assert_equal_numbers(ours, native, x, modes=(True, False)):
+    """Outputs and gradients in both modes; the fused ops that ``ours`` called in the last one."""
+    for train in modes:
+        (results, ops), (expected, _) = run(ours, x, train), run(native, x, train)
+        for got, want in zip(results, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    return ops
+
+
+def always_fused(monkeypatch):
+    monkeypatch.setattr(choice, "conv_block_pays", lambda *_: True)
+
+
+FUSED = [
+    # model, chains that are fused, ops of one evaluation
+    (nets.MnistExample, ["Conv2d → relu", "Conv2d → relu → max_pool2d"], 2),
+    (nets.LeNet, ["Conv2d → relu → MaxPool2d"] * 2, 2),
+    (nets.Functions, ["Conv2d → relu → max_pool2d"] * 2, 2),
+    (nets.InPlace, ["Conv2d → relu → max_pool2d", "Conv2d → relu"], 2),
+    (nets.PoolFirst, ["Conv2d → max_pool2d → relu", "Conv2d → MaxPool2d → relu"], 2),
+    (nets.Attributes, ["Conv2d → ReLU → MaxPool2d"], 1),
+    (
+        nets.FunctionalConv,
+        ["conv2d → relu → max_pool2d", "conv2d → batch_norm → relu → max_pool2d"],
+        2,
+    ),
+    (nets.Dropouts, ["Conv2d → relu → max_pool2d", "Conv2d → relu"], 2),
+    (nets.Normed, ["Conv2d → BatchNorm2d → relu → max_pool2d"], 1),
+    (nets.Across, ["Conv2d → BatchNorm2d → relu → MaxPool2d", "Conv2d → relu → max_pool2d"], 2),
+    (nets.Optional, ["Conv2d → relu → max_pool2d"], 1),
+    (
+        nets.Losses,
+        [
+            "CrossEntropyLoss",
+            "LogSoftmax → NLLLoss",
+            "cross_entropy",
+            *["log_softmax → nll_loss"] * 3,
+        ],
+        6,
+    ),
+    (lambda: layers(conv(), nn.ReLU()), ["Conv2d → ReLU"], 1),
+    (
+        lambda: layers(conv(), nn.ReLU(True), nn.MaxPool2d(3, 2, 1)),
+        ["Conv2d → ReLU → MaxPool2d"],
+        1,
+    ),
+    (
+        lambda: layers(conv(), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()),
+        ["Conv2d → MaxPool2d → ReLU"],
+        1,
+    ),
+    (lambda: layers(conv(padding_mode="reflect"), nn.MaxPool2d(2)), ["Conv2d → MaxPool2d"], 1),
+    (
+        lambda: layers(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        ["Conv2d → BatchNorm2d → ReLU → MaxPool2d"],
+        1,
+    ),
+    (
+        lambda: layers(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Dropout(0.5)),
+        ["Conv2d → BatchNorm2d → ReLU"],
+        1,
+    ),
+    # A dilated pool stays, the ReLU before it does not; one ReLU may serve many chains.
+    (lambda: layers(conv(), nn.ReLU(), nn.MaxPool2d(2, dilation=2)), ["Conv2d → ReLU"], 1),
+    (
+        lambda: layers(conv(3, 4), r := nn.ReLU(), conv(4, 4), r, nn.MaxPool2d(2)),
+        ["Conv2d → ReLU", "Conv2d → ReLU → MaxPool2d"],
+        2,
+    ),
+]
+every_net = pytest.mark.parametrize("make, chains, ops", FUSED)
+
+
+def made(make):
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if (
+            isinstance(module, nn.BatchNorm2d) and module.track_running_stats
+        ):  # statistics that do something
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@every_net
+def test_fused_model_is_the_native_one(make, chains, ops, monkeypatch):
+    native = made(make)
+    before = repr(native)
+    fused = fuse(native)
+    assert repr(native) == before
+    assert sorted(row.chain for row in fusion_report(fused).fused) == sorted(chains)
+    assert str(fusion_report(native)) == str(fusion_report(fused))
+    # Training first: batch statistics move, and evaluation must see them moved.
+    twin = copy.deepcopy(native)
+    always_fused(monkeypatch)
+    forward_ops = [
+        op for op in assert_equal_numbers(fused, twin, images(native)) if "forward" in op
+    ]
+    assert len(forward_ops) == ops
+
+
+@every_net
+def test_parameters_and_buffers_are_the_same_objects(make, chains, ops):
+    native = made(make).requires_grad_(False)
+    fused = fuse(native.eval())
+    assert list(fused.state_dict()) == list(native.state_dict())
+    for tensors in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(fused, tensors)(), getattr(native, tensors)(), strict=True)
+        assert all(a[0] == b[0] and a[1] is b[1] for a, b in pairs)
+    assert isinstance(fused, type(native))
+    names = [(n, m.training) for n, m in native.named_modules()]
+    assert names == [(n, m.training) for n, m in fused.named_modules()]
+    assert not any(p.requires_grad for p in fused.parameters())
+
+
+@every_net
+def test_unfuse_brings_the_original_back(make, chains, ops):
+    native = made(make)
+    back = unfuse(fuse(native))
+    assert repr(back) == repr(native)
+    pairs = list(zip(back.modules(), native.modules(), strict=True))
+    assert all(type(a) is type(b) and vars(a).keys() == vars(b).keys() for a, b in pairs)
+    assert all(a is b for a, b in zip(back.parameters(), native.parameters(), strict=True))
+    (ours, fused_ops), (expected, _) = (run(m, images(native), False) for m in (back, native))
+    assert not fused_ops
+    for a, b in zip(ours, expected, strict=True):
+        assert_same(a, b, "unfused")
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+@every_net
+def test_copies_are_fused_and_have_their_own_parameters(make, chains, ops, duplicate, monkeypatch):
+    always_fused(monkeypatch)
+    fused = fuse(made(make))
+    twin = duplicate(fused)
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in fused.parameters()}
+    assert str(fusion_report(twin)) == str(fusion_report(fused))
+    for train in (False, True):
+        (ours, our_ops), (expected, expected_ops) = (
+            run(m, images(fused), train) for m in (twin, fused)
+        )
+        assert our_ops == expected_ops and (our_ops or train)
+        for a, b in zip(ours, expected, strict=True):
+            assert_same(a, b, "copy")
+    assert repr(unfuse(twin)) == repr(unfuse(fused))
+
+
+# ---------------------------------------------------------------------------------- left alone
+
+
+class UsedTwice(Net):
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(x) + x
+
+
+class Overwritten(Net):
+    """The ReLU's result is not used: it works through the alias."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        F.relu_(x)
+        return self.pool(x)
+
+
+class CalledTwice(Net):
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv2(F.relu(self.conv1(x))))))
+
+
+class Indices(Net):
+    def forward(self, x):
+        x, indices = F.max_pool2d(self.conv1(x), 2, return_indices=True)
+        return x + indices
+
+
+class Computed(Net):
+    def forward(self, x):
+        return F.max_pool2d(self.conv1(x), x.shape[2] // 4)
+
+
+class Counting(Net):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.relu(self.conv1(x))
+
+
+class Random(Net):
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        return x if random.random() < 2 else x + 1
+
+
+class Noise(Net):
+    def forward(self, x):
+        return F.relu(self.conv1(x)) + torch.ones(1)
+
+
+class NoGrad(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            x = F.relu(self.conv1(x))
+        return self.conv2(x)
+
+
+class Offloaded(Net):
+    def forward(self, x):
+        with torch.autograd.graph.save_on_cpu():
+            return F.relu(self.conv1(x))
+
+
+class AsksForType(Net):
+    def forward(self, x):
+        x = self.conv1(x if isinstance(x, torch.Tensor) else x[0])
+        return F.relu(x)
+
+
+class AsksForArgument(Net):
+    def forward(self, x, skip=None):
+        x = self.conv1(x)
+        return F.relu(x) if skip is None else x
+
+
+class AnyArguments(Net):
+    def forward(self, *inputs):
+        return F.relu(self.conv1(inputs[0]))
+
+
+class InTrainingOnly(Net):
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(x) if self.training else x
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class NormTwice(Net):
+    def forward(self, x):
+        return self.norm(F.relu(self.norm(self.conv1(x))))
+
+
+class ReluElsewhere(Net):
+    """The Sequential's ReLU is somebody else's too, and no forward of a Sequential is rewritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(conv(), self.relu)
+
+    def forward(self, x):
+        return self.relu(self.block(x) - 1)
+
+
+def hooked(register, index=0):
+    def make():
+        model = layers(conv(), nn.ReLU(), nn.MaxPool2d(2))
+        getattr(model[index], register)(lambda *_: None)
+        return model
+
+    return make
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return layers(nn.utils.weight_norm(conv()), nn.ReLU())
+
+
+def replaced_forward():
+    model = layers(conv(), nn.ReLU())
+    native = model[0].forward
+    model[0].forward = lambda x: native(x) * 2
+    return model
+
+
+LEFT_ALONE = [
+    (UsedTwice, "result is used 2 times"),
+    (Overwritten, "result is used 2 times"),
+    (CalledTwice, "Conv2d is called 2 times"),
+    (Indices, "returns indices"),
+    (Computed, "kernel_size of max_pool2d is computed in forward"),
+    (Counting, "changes attributes"),
+    (Random, "draws random numbers"),
+    (Noise, "makes a tensor of its own"),
+    (NoGrad, "changes autocast or grad mode"),
+    (Offloaded, "saved-tensor hooks"),
+    (AsksForType, "asks for the type of its arguments"),
+    (AsksForArgument, "asks whether an optional argument was given"),
+    (AnyArguments, "any number of arguments"),
+    (InTrainingOnly, "training and evaluation differ"),
+    (NormTwice, "BatchNorm2d norm is called elsewhere too"),
+    (ReluElsewhere, "ReLU block.1 is called elsewhere too"),
+    (hooked("register_forward_hook"), "Conv2d has hooks"),
+    (hooked("register_forward_pre_hook"), "Conv2d has hooks"),
+    (hooked("register_full_backward_hook"), "Conv2d has hooks"),
+    (hooked("register_forward_hook", 1), "ReLU has hooks"),
+    (old_weight_norm, "Conv2d has hooks"),
+    (replaced_forward, "forward of this Conv2d was replaced"),
+    (lambda: layers(nn.utils.parametrizations.weight_norm(conv()), nn.ReLU()), "parametrized"),
+    (lambda: layers(conv(4, 4, groups=2), nn.ReLU(), image=(4, 9, 9)), "grouped convolutions"),
+    (lambda: layers(conv(), nn.MaxPool2d(2, dilation=2)), "max-pool has dilation 2"),
+    (lambda: layers(conv(), nn.BatchNorm2d(4)), "no ReLU or max-pool follows|leaves the model"),
+    (
+        lambda: layers(conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
+        "keeps no running statistics",
+    ),
+    (lambda: layers(conv(), nn.LeakyReLU(), nn.MaxPool2d(2)), "no ReLU or max-pool follows"),
+    (lambda: layers(OwnConv(3, 4, 3), nn.Flatten()), "no ReLU or max-pool follows"),
+    (lambda: layers(conv(), nn.ReLU(), conv(4, 4), nn.Tanh()), "no ReLU or max-pool follows"),
+    (lambda: layers(conv()), "its result leaves the model"),
+    (lambda: layers(conv(), nn.Flatten(), nn.LogSoftmax(1)), "its result leaves the model"),
+]
+
+
+@pytest.mark.parametrize("make, reason", LEFT_ALONE)
+def test_what_is_not_proved_stays_and_is_named(make, reason):
+    native = made(make)
+    fused = fuse(native)
+    report = fusion_report(fused)
+    assert re.search(reason, str(report)), str(report)
+    told = [row for row in report if not row.fused and row.reason]
+    assert told
+    assert_equal_numbers(fused, native, images(native))
+
+
+def test_a_cropped_chain_tells_why():
+    (row,) = fusion_report(layers(conv(), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)))
+    assert row == ("0", "Conv2d → ReLU", True, "max-pool returns indices")
+
+
+def test_subclasses_of_a_convolution_are_looked_into():
+    native = made(lambda: layers(OwnConv(3, 4, 3), nn.ReLU()))
+    assert [row.fused for row in fusion_report(native)] == [False]
+
+
+# ------------------------------------------------------------------------------- not traceable
+
+
+class Untraceable(Net):
+    def __init__(self):
+        super().__init__(
+            features=nn.Sequential(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2)),
+            opened=nn.Sequential(conv(4, 4), nn.ReLU()),
+        )
+
+    def forward(self, x):
+        x = self.features(x)
+        if x.sum() > 0:
+            x = x + 1
+        for layer in self.opened:
+            x = layer(x) - 0.1
+        return F.relu(self.conv2(x))
+
+
+def test_models_that_cannot_be_traced_are_rewritten_module_by_module(monkeypatch):
+    always_fused(monkeypatch)
+    native = made(Untraceable)
+    fused = fuse(native)
+    report = fusion_report(fused)
+    assert [row.where for row in report.fused] == ["features.0"]
+    assert "control flow" in report.notes[0] and "the model was not traced" in report.notes[0]
+    reasons = {row.where: row.reason for row in report}
+    assert "may call it at any time" in reasons["opened.0"]
+    assert reasons["conv1"] == "no forward that was traced calls it"
+    assert assert_equal_numbers(fused, native, images(native)).count("conv_block_forward") == 1
+
+
+# ---------------------------------------------------------------------------------- after fuse
+
+
+def test_report_prints_as_a_table():
+    text = str(fusion_report(layers(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(4, 4), nn.Tanh())))
+    lines = text.splitlines()
+    assert re.match(r"module +chain +fused +reason", lines[0])
+    assert re.match(r"0 +Conv2d → ReLU → MaxPool2d +yes$", lines[2])
+    assert re.match(r"3 +Conv2d +no +no ReLU or max-pool follows", lines[3])
+    assert lines[4] == "1 of 2 chains fused"
+
+
+def test_optimisers_made_before_go_on():
+    losses = []
+    for prepare in (fuse, lambda model: model):
+        model = made(nets.LeNet)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model = prepare(model)
+        losses.append([])
+        for _ in range(4):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(model(images(model, 8)), torch.arange(8))
+            loss.backward()
+            optimiser.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_frozen_batch_norm_is_folded_in_training(monkeypatch):
+    always_fused(monkeypatch)
+    native = made(nets.Normed)
+    fused = fuse(native)
+    for model in (native, fused):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    torch.testing.assert_close(fused(images(native)), native(images(native)), rtol=1e-4, atol=1e-5)
+    with _Calls() as calls:
+        fused(images(native))
+    assert calls.ops == ["conv_block_forward"]
+
+
+def test_folding_follows_the_weights_and_leaves_them_alone():
+    native = made(nets.Normed).eval()
+    fused, x = fuse(native), images(native)
+    state = copy.deepcopy(native.state_dict())
+    first = fused(x)
+    for name, value in native.state_dict().items():
+        assert_same(value, state[name], name)
+    with torch.no_grad():
+        native.norm.weight.mul_(-2)
+        native.conv1.weight.add_(0.1)
+        native.norm.running_var.mul_(3)
+    torch.testing.assert_close(fused(x), native(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fused(x), first)
+
+
+def test_replacing_a_folded_batch_norm_is_an_error():
+    fused = fuse(made(lambda: layers(conv(), nn.BatchNorm2d(4), nn.ReLU())))
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    with pytest.raises(RuntimeError, match="was replaced by SyncBatchNorm; unfuse the model"):
+        fused(torch.randn(1, 3, 8, 8))
+
+
+class Scaled(Net):
+    scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 2.0
+
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * self.scale
+
+
+def test_setting_what_was_written_into_a_forward_is_an_error():
+    model = fuse(made(Scaled))
+    with pytest.raises(AttributeError, match=r"Scaled\.scale: fuse wrote its value into forward"):
+        model.scale = 3.0
+    model.something_else = 3.0
+    back = unfuse(model)
+    back.scale = 3.0
+    assert_equal_numbers(fuse(back), back, images(back))
+
+
+def test_a_new_forward_keeps_its_signature_and_the_methods():
+    model = fuse(made(nets.Optional))
+    x = images(model)
+    assert_same(model(x, scale=4.0), 2 * model(x), "keyword argument")
+    assert type(model).__name__ == "Optional" and isinstance(model, nets.Optional)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inplace(inplace):
+    model = made(nets.LeNet)
+    fused = fuse(model, inplace=inplace)
+    assert (fused is model) == inplace
+    assert isinstance(model.conv1, FusedConvBlock) == inplace
+    back = unfuse(fused, inplace=inplace)
+    assert (back is fused) == inplace
+    assert type(back) is nets.LeNet and type(back.conv1) is nn.Conv2d
+
+
+def test_fusing_twice_is_fusing_once():
+    once = fuse(made(nets.Across))
+    twice = fuse(once)
+    assert str(fusion_report(twice)) == str(fusion_report(once))
+    assert repr(twice) == repr(once)
+    assert repr(unfuse(twice)) == repr(made(nets.Across))
+
+
+def test_blocks_made_by_hand_stay():
+    model = layers(FusedConvBlock(3, 4, 3), nn.Flatten())
+    assert isinstance(unfuse(fuse(model))[0], FusedConvBlock)
+
+
+def test_a_loss_by_itself():
+    loss = fuse(nn.CrossEntropyLoss(label_smoothing=0.1))
+    assert isinstance(loss, FusedCrossEntropyLoss)
+    logits, target = torch.randn(8, 10), torch.arange(8)
+    expected = F.cross_entropy(logits, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss(logits, target), expected)
+
+
+@pytest.mark.parametrize(
+    "wrapped, name",
+    [
+        (lambda: torch.compile(nets.LeNet()), "OptimizedModule"),
+        (lambda: nn.DataParallel(nets.LeNet()), "DataParallel"),
+        (lambda: torch.jit.script(layers(conv(), nn.ReLU())), "RecursiveScriptModule"),
+    ],
+    ids=["compile", "parallel", "script"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_wrapped_models_are_refused(wrapped, name):
+    model = wrapped()
+    for function in (fuse, unfuse, fusion_report):
+        with pytest.raises(
+            TypeError, match=f"{function.__name__}: model must not be .* got {name}"
+        ):
+            function(model)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"fuse: model must be an nn\.Module, got function"):
+        fuse(lambda x: x)
+
+
+@pytest.mark.parametrize("make", [nets.LeNet, nets.Normed])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_to_another_dtype(make, dtype):
+    fused = fuse(made(make)).to(dtype)
+    native = made(make).to(dtype)
+    assert all(p.dtype == dtype for p in fused.parameters())
+    x = images(native)
+    tolerance = (
+        {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.1}
+    )
+    torch.testing.assert_close(fused(x), native(x), **tolerance)
+
+
+def test_channels_last(monkeypatch):
+    always_fused(monkeypatch)
+    native = made(nets.Functions).to(memory_format=torch.channels_last)
+    fused = fuse(native)
+    x = images(native).to(memory_format=torch.channels_last)
+    assert fused(x).is_contiguous(memory_format=torch.channels_last)
+    assert_equal_numbers(fused, native, x)
+
+
+def test_on_a_device(device):
+    native = made(nets.Normed).to(device)
+    fused, x = fuse(native), images(native).to(device)
+    torch.testing.assert_close(fused(x), native(x), rtol=1e-3, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- choice
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["fused", "native"])
+@pytest.mark.parametrize(
+    "activation, pool",
+    list(itertools.product(["relu", None], [None, {"pool_size": 3, "pool_stride": 2}])),
+)
+def test_both_choices_give_the_same_numbers(pays, activation, pool, monkeypatch):
+    monkeypatch.setattr(choice, "conv_block_pays", lambda *_: pays)
+    pool = pool or {"pool_size": None}
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-2, 3, s, generator=g).float() for s in [(2, 5, 9, 9), (6, 5, 3, 3)])
+    w.requires_grad_()
+    results = []
+    for function in (choice.conv_block, choice.functional.conv_block):
+        out = function(x, w, torch.ones(6), padding=1, activation=activation, **pool)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), w)))
+    for ours, expected in zip(*results, strict=True):
+        assert_same(ours, expected, "choice")
+
+
+@pytest.mark.parametrize(
+    "shape, weight, pool, needs_grad, pays",
+    [
+        ((8, 3, 32, 32), (16, 3, 3, 3), None, True, True),
+        ((8, 64, 32, 32), (64, 64, 3, 3), None, True, False),
+        ((8, 64, 32, 32), (64, 64, 3, 3), 2, True, True),
+        ((1, 512, 14, 14), (512, 512, 3, 3), 2, False, False),
+        ((64, 512, 28, 28), (512, 512, 3, 3), 2, True, True),
+    ],
+)
+def test_choice_by_sizes(shape, weight, pool, needs_grad, pays):
+    x, w = torch.empty(shape, device="meta"), torch.empty(weight, device="meta")
+    assert choice.conv_block_pays(x, w, pool, needs_grad) == pays
+    assert not choice.conv_block_pays(x.double(), w.double(), pool, needs_grad)
