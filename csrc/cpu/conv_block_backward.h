@@ -147,8 +147,8 @@ struct ChannelMajor {
       for (int64_t pw = 0; pw < s.out_w; ++pw)
         *at_place_0++ = float(packed + window_offset(s, ph, pw, first));
     if (winner)
-      transpose(winner + (n * s.out_h + p0) * s.out_w * s.K, s.K, pixels, s.K, code.data + column,
-                stride);
+      pixels_to_channels(winner + (n * s.out_h + p0) * s.out_w * s.K, {pixels, 0, s.K}, s.K, pixels,
+                         code.data + column, stride);
     const bool one_row = grad.h == s.out_w * grad.w;
     const int64_t width = one_row ? pixels : s.out_w;
     for (int64_t r = 0; r < (one_row ? 1 : p1 - p0); ++r) {
@@ -157,7 +157,7 @@ struct ChannelMajor {
       if (grad.w == 1)
         for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, width, dst + k * stride);
       else if (grad.c == 1)
-        transpose(src, grad.w, width, s.K, dst, stride);
+        pixels_to_channels(src, {width, 0, grad.w}, s.K, width, dst, stride);
       else
         for (int64_t k = 0; k < s.K; ++k)
           for (int64_t w = 0; w < width; ++w)
@@ -273,7 +273,8 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
         const int64_t rows = std::min(band, s.out_h - p0), pixels = rows * s.out_w;
         const Band input(s, p0, p0 + rows);
         pack_band(s, x, n, input.first, input.rows, packed.data);
-        pack_pixels(grad_out, n, p0, rows, s.out_w, s.K, grad.data, s.out_w * padded_K, padded_K);
+        pack_pixels(grad_out, n, p0, rows, s.K, grad.data,
+                    {s.out_w, s.out_w * padded_K, padded_K});
         const uint8_t* code = winner ? winner + (n * s.out_h + p0) * s.out_w * s.K : nullptr;
         if (winner && padded_K != s.K) {
           for (int64_t p = 0; p < pixels; ++p)
@@ -484,7 +485,8 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
     std::fill_n(dx.data, height * row, 0.f);
     for (int64_t p0 = 0; p0 < s.out_h; p0 += l1_rows) {
       const int64_t rows = std::min(l1_rows, s.out_h - p0), pixels = rows * s.out_w;
-      pack_pixels(grad_out, n, p0, rows, s.out_w, s.K, grad.data, s.out_w * padded_K, padded_K);
+      pack_pixels(grad_out, n, p0, rows, s.K, grad.data,
+                    {s.out_w, s.out_w * padded_K, padded_K});
       if (winner)
         for (int64_t p = 0; p < pixels; ++p)
           std::copy_n(winner + ((n * s.out_h + p0) * s.out_w + p) * s.K, s.K,
@@ -510,7 +512,7 @@ void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, con
         }
       }
     }
-    unpack_pixels(dx.data + s.pad_h * row + s.pad_w * s.C, row, s.C, grad_input, n, 0, s.H, s.W,
+    unpack_pixels(dx.data + s.pad_h * row + s.pad_w * s.C, {s.W, row, s.C}, grad_input, n, 0, s.H,
                   s.C);
   }
 }

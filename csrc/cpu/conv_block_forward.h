@@ -404,7 +404,7 @@ struct Home {
   void finish(int64_t n, int64_t p0, int64_t images, int64_t pixels) const {
     if (!direct)
       for (int64_t i = 0; i < images; ++i)
-        unpack_pixels(values.data + i * pixels * padded_K, 0, padded_K, out, n + i, p0, 1, pixels,
+        unpack_pixels(values.data + i * pixels * padded_K, {pixels, 0, padded_K}, out, n + i, p0, 1,
                       s.K);
     if (winner && !whole_vectors)
       for (int64_t p = 0; p < images * pixels; ++p)

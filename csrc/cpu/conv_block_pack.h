@@ -15,25 +15,71 @@ struct Scratch {
   }
 };
 
-// dst[j · dst_stride + i] = src[i · src_stride + j] for i < rows, j < columns.
-template <typename S, typename D>
-void transpose(const S* src, int64_t src_stride, int64_t rows, int64_t columns, D* dst,
-               int64_t dst_stride) {
-  const int64_t rows8 = rows / 8 * 8, columns8 = columns / 8 * 8;
-  for (int64_t i = 0; i < rows8; i += 8)
-    for (int64_t j = 0; j < columns8; j += 8) {
-      __m256 block[8];
-      for (int e = 0; e < 8; ++e) block[e] = load8(src + (i + e) * src_stride + j);
-      transpose8(block);
-      for (int e = 0; e < 8; ++e) store8(dst + (j + e) * dst_stride + i, block[e]);
+// Pixels of channels-innermost memory, row by row: pixel p lies at offset(p).
+struct Pixels {
+  int64_t width, row_stride, pixel_stride;
+  int64_t offset(int64_t p) const { return p / width * row_stride + p % width * pixel_stride; }
+
+  // Offsets of pixels p … p + 7.
+  void offsets8(int64_t p, int64_t (&at)[8]) const {
+    int64_t column = p % width, offset = p / width * row_stride + column * pixel_stride;
+    for (int64_t& o : at) {
+      o = offset;
+      offset += pixel_stride;
+      if (++column == width) column = 0, offset += row_stride - width * pixel_stride;
     }
-  const auto scalar = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    for (int64_t i = i0; i < i1; ++i)
-      for (int64_t j = j0; j < j1; ++j)
-        dst[j * dst_stride + i] = static_cast<D>(static_cast<float>(src[i * src_stride + j]));
-  };
-  scalar(0, rows8, columns8, columns);
-  scalar(rows8, rows, 0, columns);
+  }
+};
+
+// Calls block(c, p, at) for 8 × 8 blocks that cover channels × pixels, at = the offsets of the
+// block's pixels. The last ones of each direction overlap those before. The inner loop goes over
+// pixels: on the side where each channel is a run of memory, only 8 runs are open at a time, which
+// strides of a power of two would otherwise drive out of the cache half written.
+template <typename F>
+void for_blocks_8x8(int64_t channels, int64_t pixels, const Pixels& layout, const F& block) {
+  for (int64_t c = 0; c < channels; c += 8)
+    for (int64_t p = 0; p < pixels; p += 8) {
+      int64_t at[8];
+      const int64_t first = std::min(p, pixels - 8);
+      layout.offsets8(first, at);
+      block(std::min(c, channels - 8), first, at);
+    }
+}
+
+// dst[layout.offset(p) + c] = src[c · channel_stride + p]
+template <typename S>
+void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, int64_t pixels,
+                        float* dst, const Pixels& layout) {
+  if (channels < 8 || pixels < 8) {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0, at = layout.offset(p); c < channels; ++c)
+        dst[at + c] = static_cast<float>(src[c * channel_stride + p]);
+    return;
+  }
+  for_blocks_8x8(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
+    __m256 lanes[8];
+    for (int e = 0; e < 8; ++e) lanes[e] = load8(src + (c + e) * channel_stride + p);
+    transpose8(lanes);
+    for (int e = 0; e < 8; ++e) store8(dst + at[e] + c, lanes[e]);
+  });
+}
+
+// dst[c · channel_stride + p] = src[layout.offset(p) + c]
+template <typename S, typename D>
+void pixels_to_channels(const S* src, const Pixels& layout, int64_t channels, int64_t pixels,
+                        D* dst, int64_t channel_stride) {
+  if (channels < 8 || pixels < 8) {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0, at = layout.offset(p); c < channels; ++c)
+        dst[c * channel_stride + p] = static_cast<D>(static_cast<float>(src[at + c]));
+    return;
+  }
+  for_blocks_8x8(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
+    __m256 lanes[8];
+    for (int e = 0; e < 8; ++e) lanes[e] = load8(src + at[e] + c);
+    transpose8(lanes);
+    for (int e = 0; e < 8; ++e) store8(dst + (c + e) * channel_stride + p, lanes[e]);
+  });
 }
 
 template <typename S, typename D>
@@ -45,26 +91,24 @@ void copy_row(const S* src, int64_t n, D* dst) {
 
 // ---------------------------------------------------------------------------- packing, unpacking
 
-// Channels-innermost copy of `rows` rows of image n: dst[r · row_stride + w · pixel_stride + c].
+// Channels-innermost copy of `rows` rows of image n.
 template <typename T>
-void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows, int64_t width,
-                 int64_t channels, float* dst, int64_t row_stride, int64_t pixel_stride) {
-  if (x.h == width * x.w && row_stride == width * pixel_stride) width *= rows, rows = 1;
-  for (int64_t r = 0; r < rows; ++r, dst += row_stride) {
+void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows, int64_t channels,
+                 float* dst, const Pixels& layout) {
+  const int64_t width = layout.width;
+  if (x.w == 1 && x.h == width && channels > 1)  // each channel is one run of memory
+    return channels_to_pixels(x.at(n, 0, first, 0), x.c, channels, rows * width, dst, layout);
+  for (int64_t r = 0; r < rows; ++r, dst += layout.row_stride) {
     const T* src = x.at(n, 0, first + r, 0);
-    if (x.c == 1 && x.w == channels && pixel_stride == channels) {
+    if (x.w == channels && layout.pixel_stride == channels && (x.c == 1 || channels == 1))
       copy_row(src, width * channels, dst);
-    } else if (channels == 1 && x.w == 1 && pixel_stride == 1) {
-      copy_row(src, width, dst);
-    } else if (x.c == 1) {
-      for (int64_t w = 0; w < width; ++w) copy_row(src + w * x.w, channels, dst + w * pixel_stride);
-    } else if (x.w == 1) {
-      transpose(src, x.c, channels, width, dst, pixel_stride);
-    } else {
+    else if (x.c == 1)
+      for (int64_t w = 0; w < width; ++w)
+        copy_row(src + w * x.w, channels, dst + w * layout.pixel_stride);
+    else
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t w = 0; w < width; ++w)
-          dst[w * pixel_stride + c] = static_cast<float>(src[c * x.c + w * x.w]);
-    }
+          dst[w * layout.pixel_stride + c] = static_cast<float>(src[c * x.c + w * x.w]);
   }
 }
 
@@ -83,22 +127,24 @@ void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t n, int6
       std::fill_n(body + r * row_stride, s.pad_w * s.C, 0.f);
       std::fill_n(body + (r + 1) * row_stride - s.pad_w * s.C, s.pad_w * s.C, 0.f);
     }
-  pack_pixels(x, n, first + top - s.pad_h, inside, s.W, s.C, body + s.pad_w * s.C, row_stride, s.C);
+  pack_pixels(x, n, first + top - s.pad_h, inside, s.C, body + s.pad_w * s.C,
+              {s.W, row_stride, s.C});
 }
 
-// The way back: src[r · row_stride + w · pixel_stride + c] → rows of image n of y, which is dense
-// in either memory format.
+// The way back, to rows of image n of y, which is dense in either memory format.
 template <typename T>
-void unpack_pixels(const float* src, int64_t row_stride, int64_t pixel_stride, const View4<T>& y,
-                   int64_t n, int64_t first, int64_t rows, int64_t width, int64_t channels) {
-  for (int64_t r = 0; r < rows; ++r, src += row_stride) {
+void unpack_pixels(const float* src, const Pixels& layout, const View4<T>& y, int64_t n,
+                   int64_t first, int64_t rows, int64_t channels) {
+  if (y.c != 1)
+    return pixels_to_channels(src, layout, channels, rows * layout.width, y.at(n, 0, first, 0),
+                              y.c);
+  for (int64_t r = 0; r < rows; ++r, src += layout.row_stride) {
     T* dst = y.at(n, 0, first + r, 0);
-    if (y.c == 1 && pixel_stride == channels)
-      copy_row(src, width * channels, dst);
-    else if (y.c == 1)
-      for (int64_t w = 0; w < width; ++w) copy_row(src + w * pixel_stride, channels, dst + w * y.w);
+    if (layout.pixel_stride == channels)
+      copy_row(src, layout.width * channels, dst);
     else
-      transpose(src, pixel_stride, width, channels, dst, y.c);
+      for (int64_t w = 0; w < layout.width; ++w)
+        copy_row(src + w * layout.pixel_stride, channels, dst + w * y.w);
   }
 }
 
