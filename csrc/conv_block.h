@@ -19,6 +19,8 @@ struct View4 {
   constexpr T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
     return data + in * n + ic * c + ih * h + iw * w;
   }
+  constexpr View4 from_channel(int64_t ic) const { return {at(0, ic, 0, 0), n, c, h, w}; }
+  constexpr View4 from_column(int64_t iw) const { return {at(0, 0, 0, iw), n, c, h, w}; }
 };
 
 template <typename T>

@@ -26,15 +26,6 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
   return {};
 }
 
-// Pooled rows in a band: as many as keep the packed input within 256 KiB, half of a small
-// second-level cache.
-int64_t band_rows(const ConvBlockShape& s) {
-  const int64_t row = (s.W + 2 * s.pad_w) * s.C * static_cast<int64_t>(sizeof(float));
-  return std::clamp<int64_t>(
-      (262144 / row - (s.kernel_h - 1) * s.dilation_h) / (s.pool_stride_h * s.stride_h), 1,
-      s.out_h);
-}
-
 // [K, kernel_h, kernel_w, C], dense.
 template <typename W>
 std::vector<float> float_weight(const ConvBlockShape& s, const View4<const W>& weight) {
@@ -84,7 +75,7 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
   const int64_t units = (s.N + chunk - 1) / chunk;
   const std::unique_ptr<float[]> partial(new float[units * size]);
   parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_weight(s, grad_out, x, winner, partial.get(), band_rows(s), chunk, begin, end);
+    kernels.backward_weight(s, grad_out, x, winner, partial.get(), chunk, begin, end);
   });
   parallel_for(0, s.K, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(row);

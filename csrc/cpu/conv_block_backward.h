@@ -7,6 +7,26 @@
 // AVX2: 12 sums + 1 broadcast of 16 registers; AVX-512: 18 of 32, a whole 3 × 3 × 32 kernel.
 constexpr int kMaxSums = L == 16 ? 18 : 12;
 constexpr int kMaxRuns = 3;
+// Vectors of one run at most, unless its taps have more: 3 taps × 32 channels.
+constexpr int kRunVecs = 96 / L;
+
+// Input channels are done in groups whose runs fit the registers, as equal as possible: many
+// positions of a narrow image fit the first-level cache, and the registers are loaded less often.
+struct ChannelGroups {
+  int64_t count, channels;  // all groups are laid out as `channels` wide; the last may have fewer
+  ConvBlockShape shape;     // of one group
+
+  explicit ChannelGroups(const ConvBlockShape& s) : shape(s) {
+    const int64_t taps = s.dilation_w == 1 ? s.kernel_w : 1;
+    const int64_t most = std::max<int64_t>(kRunVecs / taps, 1) * L;
+    count = (s.C + most - 1) / most;
+    channels = count == 1 ? s.C : round_up((s.C + count - 1) / count, L);
+    count = (s.C + channels - 1) / channels;
+    shape.C = channels;
+  }
+  int64_t begin(int64_t group) const { return group * channels; }
+  int64_t width(int64_t group, int64_t C) const { return std::min(channels, C - begin(group)); }
+};
 
 // Which runs, and which vectors of each, are in registers together.
 struct Pass {
@@ -14,11 +34,11 @@ struct Pass {
   int64_t sums() const { return runs * vecs; }
 };
 
-inline std::vector<Pass> passes_over(const Runs& runs) {
+inline std::vector<Pass> passes_over(const Runs& runs, int64_t max_sums) {
   const int64_t vecs = (runs.length + L - 1) / L;
-  const int64_t together = std::clamp<int64_t>(kMaxSums / vecs, 1, kMaxRuns);
+  const int64_t together = std::clamp<int64_t>(max_sums / vecs, 1, kMaxRuns);
   const int64_t groups = (runs.count + together - 1) / together;
-  const int64_t blocks = (vecs + kMaxSums - 1) / kMaxSums;
+  const int64_t blocks = (vecs + max_sums - 1) / max_sums;
   std::vector<Pass> passes;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -27,6 +47,28 @@ inline std::vector<Pass> passes_over(const Runs& runs) {
       passes.push_back({r0, r1 - r0, v0, v1 - v0});
     }
   return passes;
+}
+
+inline int64_t floats_of(const std::vector<Pass>& passes) {
+  int64_t sums = 0;
+  for (const Pass& pass : passes) sums += pass.sums();
+  return sums * L;
+}
+
+// Calls f(at, row, n) for the pieces of a pass's run r that are rows of weights: n floats from `at`
+// on of the pass's vectors are those from `row` on of a row of kernel × C.
+template <typename F>
+void for_pieces(const Runs& runs, const Pass& pass, int64_t r, const ChannelGroups& groups,
+                int64_t group, int64_t C, const F& f) {
+  const int64_t first = pass.vec * L, end = std::min(first + pass.vecs * L, runs.length);
+  const int64_t taps = runs.length / groups.channels;
+  for (int64_t e = first; e < end;) {
+    const int64_t tap = e / groups.channels, c = e % groups.channels;
+    const int64_t length = std::min(groups.channels - c, end - e);
+    const int64_t n = std::clamp<int64_t>(groups.width(group, C) - c, 0, length);
+    f(e - first, ((pass.run + r) * taps + tap) * C + groups.begin(group) + c, n);
+    e += length;
+  }
 }
 
 // dw += Σ_p g[p] · x[at[p] ...]
@@ -64,8 +106,9 @@ void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
         sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
   }
   for (int r = 0; r < kRuns; ++r) {
-    for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(dx + run[r] + v * L);
-    float* last = dx + run[r] + (kVecs - 1) * L;
+    float* to = dx + run[r];
+    for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(to + v * L);
+    float* last = to + (kVecs - 1) * L;
     if (tail == L)
       sum[r][kVecs - 1].store(last);
     else
@@ -113,11 +156,20 @@ inline int64_t window_offset(const ConvBlockShape& s, int64_t ph, int64_t pw, in
   return (h * (s.W + 2 * s.pad_w) + (pw * s.pool_stride_w - s.pool_pad_w) * s.stride_w) * s.C;
 }
 
-// Pooled rows whose input rows fill about half of a 32 KiB first-level cache.
-inline int64_t rows_in_l1(const ConvBlockShape& s) {
-  const int64_t row = s.pool_stride_h * s.stride_h * (s.W + 2 * s.pad_w) * s.C * 4;
-  return std::clamp<int64_t>(16384 / row, 1, s.out_h);
-}
+// Pooled outputs are visited in tiles of `rows` rows × `columns` of them, whose input fills about
+// half of a 32 KiB first-level cache.
+struct OutputTile {
+  int64_t rows, columns;
+
+  explicit OutputTile(const ConvBlockShape& s) {
+    constexpr int64_t kFloats = 4096;
+    const int64_t step_h = s.pool_stride_h * s.stride_h, step_w = s.pool_stride_w * s.stride_w;
+    const int64_t most = std::max<int64_t>(kFloats / (step_h * step_w * s.C), 1);
+    const int64_t strips = (s.out_w + most - 1) / most;
+    columns = (s.out_w + strips - 1) / strips;
+    rows = std::max<int64_t>(most / columns, 1);
+  }
+};
 
 // ------------------------------------------------------------------------------ backward: weight
 
@@ -136,33 +188,34 @@ struct ChannelMajor {
     base.reserve(stride);
   }
 
-  // Pooled rows [p0, p1) of image n as columns from `column` on. Their packed rows begin at
-  // `packed` and are those from `first` on.
+  // Pooled rows [p0, p1) × columns [w0, w1) of image n as columns from `column` on. Their packed
+  // rows begin at `packed` and are those from `first` on.
   template <typename T>
   void fill(const ConvBlockShape& s, const View4<const T>& grad, const uint8_t* winner, int64_t n,
-            int64_t p0, int64_t p1, int64_t first, int64_t column, int64_t packed) {
-    const int64_t pixels = (p1 - p0) * s.out_w;
+            int64_t p0, int64_t p1, int64_t w0, int64_t w1, int64_t first, int64_t column,
+            int64_t packed) {
+    const int64_t width = w1 - w0, pixels = (p1 - p0) * width;
     float* at_place_0 = base.data + column;
     for (int64_t ph = p0; ph < p1; ++ph)
-      for (int64_t pw = 0; pw < s.out_w; ++pw)
+      for (int64_t pw = w0; pw < w1; ++pw)
         *at_place_0++ = float(packed + window_offset(s, ph, pw, first));
     if (winner)
-      pixels_to_channels(winner + (n * s.out_h + p0) * s.out_w * s.K, {pixels, 0, s.K}, s.K, pixels,
-                         code.data + column, stride);
-    const bool one_row = grad.h == s.out_w * grad.w;
-    const int64_t width = one_row ? pixels : s.out_w;
-    for (int64_t r = 0; r < (one_row ? 1 : p1 - p0); ++r) {
-      const T* src = grad.at(n, 0, p0 + r, 0);
-      float* dst = g.data + column + r * width;
-      if (grad.w == 1)
-        for (int64_t k = 0; k < s.K; ++k) copy_row(src + k * grad.c, width, dst + k * stride);
-      else if (grad.c == 1)
-        pixels_to_channels(src, {width, 0, grad.w}, s.K, width, dst, stride);
-      else
-        for (int64_t k = 0; k < s.K; ++k)
-          for (int64_t w = 0; w < width; ++w)
-            dst[k * stride + w] = static_cast<float>(src[k * grad.c + w * grad.w]);
-    }
+      pixels_to_channels(winner + ((n * s.out_h + p0) * s.out_w + w0) * s.K,
+                         {width, s.out_w * s.K, s.K}, s.K, pixels, code.data + column, stride);
+    const T* src = grad.at(n, 0, p0, w0);
+    float* dst = g.data + column;
+    if (grad.c == 1)
+      return pixels_to_channels(src, {width, grad.h, grad.w}, s.K, pixels, dst, stride);
+    const bool one_run = grad.w == 1 && grad.h == width;
+    for (int64_t k = 0; k < s.K; ++k)
+      for (int64_t r = 0; r < (one_run ? 1 : p1 - p0); ++r) {
+        const T* row = src + k * grad.c + r * grad.h;
+        float* to = dst + k * stride + r * width;
+        if (grad.w == 1)
+          copy_row(row, one_run ? pixels : width, to);
+        else
+          for (int64_t w = 0; w < width; ++w) to[w] = static_cast<float>(row[w * grad.w]);
+      }
   }
 
   // Codes of channel k → offsets and masked gradients, `pixels` of them; returns the gradients'
@@ -193,9 +246,6 @@ struct ChannelMajor {
     return total;
   }
 };
-
-// Floats of dW that stay in the first-level cache while a group's images go by.
-constexpr int64_t kWeightBlockFloats = 3072;
 
 // Where taps × input channels are few, runs are shorter than a vector: there the vectors run over
 // output channels, and every place of the window is added, with zero gradient for the losers.
@@ -272,9 +322,8 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
       for (int64_t p0 = 0; p0 < s.out_h; p0 += band) {
         const int64_t rows = std::min(band, s.out_h - p0), pixels = rows * s.out_w;
         const Band input(s, p0, p0 + rows);
-        pack_band(s, x, n, input.first, input.rows, packed.data);
-        pack_pixels(grad_out, n, p0, rows, s.K, grad.data,
-                    {s.out_w, s.out_w * padded_K, padded_K});
+        pack_band(s, x, s.C, n, input.first, input.rows, packed.data);
+        pack_pixels(grad_out, n, p0, rows, s.K, grad.data, {s.out_w, s.out_w * padded_K, padded_K});
         const uint8_t* code = winner ? winner + (n * s.out_h + p0) * s.out_w * s.K : nullptr;
         if (winner && padded_K != s.K) {
           for (int64_t p = 0; p < pixels; ++p)
@@ -303,72 +352,130 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
   }
 }
 
+// Where the outputs of a group of bands stand in a list, strip by strip of columns: rows of all
+// images of one strip follow each other, so that a tile may span images.
+struct Strips {
+  int64_t columns, out_w, count;
+  Strips(const ConvBlockShape& s, const OutputTile& tile)
+      : columns(tile.columns), out_w(s.out_w), count((s.out_w + tile.columns - 1) / tile.columns) {}
+  int64_t begin(int64_t strip) const { return strip * columns; }
+  int64_t end(int64_t strip) const { return std::min(begin(strip + 1), out_w); }
+  int64_t width(int64_t strip) const { return end(strip) - begin(strip); }
+};
+
+// One group of bands that is in memory together, and the sums over it.
+template <typename T>
+struct WeightGradient {
+  const ConvBlockShape& s;
+  const ChannelGroups groups;
+  const Runs runs;
+  const std::vector<Pass> passes;
+  const OutputTile tile;
+  const Strips strips;
+  const int64_t group_floats;  // of dW, one group of input channels
+  int64_t packed_size;
+  Scratch<float> packed, dw, db;
+  ChannelMajor grads;
+
+  explicit WeightGradient(const ConvBlockShape& shape)
+      : s(shape),
+        groups(s),
+        runs(groups.shape),
+        passes(passes_over(runs, kMaxSums)),
+        tile(groups.shape),
+        strips(s, tile),
+        group_floats(s.K * floats_of(passes)) {}
+
+  void reserve(int64_t images, int64_t rows) {
+    packed_size = packed_floats(groups.shape, rows);
+    packed.reserve(images * packed_size);
+    grads.reserve(groups.shape, s.K, images * rows * s.out_w);
+    dw.reserve(groups.count * group_floats);
+    db.reserve(s.K);
+  }
+
+  void clear() {
+    std::fill_n(dw.data, groups.count * group_floats, 0.f);
+    std::fill_n(db.data, s.K, 0.f);
+  }
+
+  // Adds pooled rows [p0, p1) of images [n0, n0 + images).
+  void add(const View4<const T>& grad_out, const View4<const T>& x, const uint8_t* winner,
+           int64_t n0, int64_t images, int64_t p0, int64_t p1) {
+    const Band input(s, p0, p1);
+    const int64_t rows = p1 - p0, pixels = images * rows * s.out_w;
+    for (int64_t strip = 0; strip < strips.count; ++strip)
+      for (int64_t i = 0; i < images; ++i)
+        grads.fill(groups.shape, grad_out, winner, n0 + i, p0, p1, strips.begin(strip),
+                   strips.end(strip), input.first,
+                   images * rows * strips.begin(strip) + i * rows * strips.width(strip),
+                   i * packed_size);
+    for (int64_t k = 0; k < s.K; ++k)
+      db.data[k] += grads.place(groups.shape, k, pixels, winner != nullptr);
+    for (int64_t group = 0; group < groups.count; ++group) {
+      for (int64_t i = 0; i < images; ++i)
+        pack_band(groups.shape, x.from_channel(groups.begin(group)), groups.width(group, s.C),
+                  n0 + i, input.first, input.rows, packed.data + i * packed_size);
+      for (int64_t strip = 0; strip < strips.count; ++strip)
+        for (int64_t row = 0; row < images * rows; row += tile.rows)
+          add_tile(images * rows * strips.begin(strip) + row * strips.width(strip),
+                   std::min(tile.rows, images * rows - row) * strips.width(strip),
+                   dw.data + group * group_floats);
+    }
+  }
+
+  // Adds `count` outputs from place `at` of the list on.
+  void add_tile(int64_t at, int64_t count, float* dst) const {
+    for (const Pass& pass : passes) {
+      const AddPositions add = add_positions_for(pass);
+      for (int64_t k = 0; k < s.K; ++k, dst += pass.sums() * L)
+        add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
+            grads.g.data + k * grads.stride + at, grads.at.data + k * grads.stride + at, count,
+            dst);
+    }
+  }
+
+  // [group][pass][channel][runs, vectors] → [K, taps × C | bias]
+  void store(float* to) const {
+    const int64_t taps = s.kernel_h * s.kernel_w * s.C;
+    const float* src = dw.data;
+    for (int64_t group = 0; group < groups.count; ++group)
+      for (const Pass& pass : passes)
+        for (int64_t k = 0; k < s.K; ++k)
+          for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L)
+            for_pieces(runs, pass, r, groups, group, s.C, [&](int64_t at, int64_t row, int64_t n) {
+              std::copy_n(src + at, n, to + k * (taps + 1) + row);
+            });
+    for (int64_t k = 0; k < s.K; ++k) to[k * (taps + 1) + taps] = db.data[k];
+  }
+};
+
+// Outputs whose gradients and offsets, 12 bytes each, are in memory together: some of a
+// second-level cache.
+constexpr int64_t kGroupOutputs = 16384;
+
 template <typename T>
 void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
-                     const View4<const T>& x, const uint8_t* winner, float* partial, int64_t band,
-                     int64_t chunk, int64_t begin, int64_t end) {
-  const Runs runs(s);
-  const std::vector<Pass> passes = passes_over(runs);
-  if (dense_is_cheaper(s, passes))
+                     const View4<const T>& x, const uint8_t* winner, float* partial, int64_t chunk,
+                     int64_t begin, int64_t end) {
+  WeightGradient<T> sum(s);
+  if (dense_is_cheaper(s, sum.passes))
     return backward_weight_dense(s, grad_out, x, winner, partial, chunk, begin, end);
-  const int64_t taps = s.kernel_h * s.kernel_w * s.C, l1_rows = rows_in_l1(s);
-  int64_t sums = 0;
-  for (const Pass& pass : passes) sums += pass.sums() * L;
-  const int64_t k_block = std::clamp<int64_t>(kWeightBlockFloats / sums, 1, s.K);
-
   // A group is one band of one image, or several images that are one band each.
-  const int64_t bands = (s.out_h + band - 1) / band, rows = std::min(band, s.out_h);
-  const int64_t packed_size = packed_floats(s, rows);
-  const int64_t group = images_in_group(s, bands, packed_size, std::min(chunk, s.N));
-  Scratch<float> packed, dw;
-  ChannelMajor grads;
-  packed.reserve(group * packed_size);
-  grads.reserve(s, s.K, group * rows * s.out_w);
-  dw.reserve(s.K * (sums + 1));
-  float* db = dw.data + s.K * sums;
-
+  const int64_t band = band_rows(sum.groups.shape), bands = (s.out_h + band - 1) / band;
+  const int64_t most =
+      std::clamp<int64_t>(kGroupOutputs / (s.K * s.out_h * s.out_w), 1, std::min(chunk, s.N));
+  const int64_t images =
+      images_in_group(s, bands, packed_floats(sum.groups.shape, std::min(band, s.out_h)), most);
+  sum.reserve(images, std::min(band, s.out_h));
   for (int64_t unit = begin; unit < end; ++unit) {
-    std::fill_n(dw.data, s.K * (sums + 1), 0.f);
+    sum.clear();
     const int64_t n_end = std::min((unit + 1) * chunk, s.N);
-    for (int64_t n0 = unit * chunk; n0 < n_end; n0 += group)
-      for (int64_t p0 = 0; p0 < s.out_h; p0 += band) {
-        const int64_t p1 = std::min(p0 + band, s.out_h), pixels = (p1 - p0) * s.out_w;
-        const int64_t images = std::min(group, n_end - n0);
-        const Band input(s, p0, p1);
-        for (int64_t i = 0; i < images; ++i) {
-          pack_band(s, x, n0 + i, input.first, input.rows, packed.data + i * packed_size);
-          grads.fill(s, grad_out, winner, n0 + i, p0, p1, input.first, i * pixels, i * packed_size);
-        }
-        for (int64_t k = 0; k < s.K; ++k)
-          db[k] += grads.place(s, k, images * pixels, winner != nullptr);
-        for (int64_t k0 = 0; k0 < s.K; k0 += k_block) {
-          const int64_t k1 = std::min(k0 + k_block, s.K);
-          for (int64_t i = 0; i < images; ++i)
-            for (int64_t row = 0; row < p1 - p0; row += l1_rows) {
-              const int64_t at = i * pixels + row * s.out_w;
-              const int64_t count = std::min(l1_rows, p1 - p0 - row) * s.out_w;
-              float* dst = dw.data + k0 * sums;
-              for (const Pass& pass : passes) {
-                const AddPositions add = add_positions_for(pass);
-                for (int64_t k = k0; k < k1; ++k, dst += pass.sums() * L)
-                  add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
-                      grads.g.data + k * grads.stride + at, grads.at.data + k * grads.stride + at,
-                      count, dst);
-              }
-            }
-        }
-      }
-    // [channel block][pass][channel][runs, vectors] → [K, taps × C | bias]
-    float* to = partial + unit * s.K * (taps + 1);
-    const float* src = dw.data;
-    for (int64_t k0 = 0; k0 < s.K; k0 += k_block)
-      for (const Pass& pass : passes)
-        for (int64_t k = k0; k < std::min(k0 + k_block, s.K); ++k)
-          for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L) {
-            const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
-            std::copy_n(src, n, to + k * (taps + 1) + (pass.run + r) * runs.length + at);
-          }
-    for (int64_t k = 0; k < s.K; ++k) to[k * (taps + 1) + taps] = db[k];
+    for (int64_t n = unit * chunk; n < n_end; n += images)
+      for (int64_t p0 = 0; p0 < s.out_h; p0 += band)
+        sum.add(grad_out, x, winner, n, std::min(images, n_end - n), p0,
+                std::min(p0 + band, s.out_h));
+    sum.store(partial + unit * s.K * (s.kernel_h * s.kernel_w * s.C + 1));
   }
 }
 
@@ -410,13 +517,16 @@ struct Buckets {
   Scratch<float> g;
   Scratch<uint8_t> channel;
   std::vector<int32_t> count;
-  int64_t capacity = 0;
+  int64_t places = 0, capacity = 0;
+
+  void reserve(int64_t pixels, int64_t places_of_a_window, int64_t channels) {
+    places = places_of_a_window, capacity = channels;
+    g.reserve(pixels * places * capacity + L), channel.reserve(pixels * places * capacity + L);
+  }
 
   // grad and codes [pixels, stride] start at the block's first channel.
-  void fill(int64_t pixels, int64_t places, int64_t channels, const float* grad,
-            const uint8_t* codes, int64_t stride) {
-    capacity = round_up(channels, L);
-    g.reserve(pixels * places * capacity + L), channel.reserve(pixels * places * capacity + L);
+  void fill(int64_t pixels, int64_t channels, const float* grad, const uint8_t* codes,
+            int64_t stride) {
     count.assign(pixels * places, 0);
     for (int64_t p = 0; p < pixels; ++p) {
       int32_t* n = count.data() + p * places;
@@ -437,82 +547,126 @@ struct Buckets {
   }
 };
 
-// Channels whose weights of one pass, kMaxSums vectors each, fill three quarters of a 32 KiB
-// first-level cache.
-constexpr int64_t kInputBlock = 24576 / (kMaxSums * L * 4) / L * L;
+// dX is loaded and stored once per bucket: the fewer registers it takes, the more channels' weights
+// of a pass fit the first-level cache and the longer the buckets are.
+constexpr int kMaxInputSums = L == 16 ? 9 : 12;
 
-// [channel block][pass][channel][runs, vectors], zero past each run.
-inline void pack_backward_weight(const ConvBlockShape& s, const Runs& runs,
-                                 const std::vector<Pass>& passes, const float* weight,
-                                 float* packed) {
-  const int64_t taps = s.kernel_h * s.kernel_w * s.C;
-  for (int64_t k0 = 0; k0 < s.K; k0 += kInputBlock)
-    for (const Pass& pass : passes)
-      for (int64_t k = k0; k < std::min(k0 + kInputBlock, s.K); ++k)
-        for (int64_t r = 0; r < pass.runs; ++r, packed += pass.vecs * L) {
-          const int64_t at = pass.vec * L, n = std::min(pass.vecs * L, runs.length - at);
-          std::fill_n(packed, pass.vecs * L, 0.f);
-          std::copy_n(weight + k * taps + (pass.run + r) * runs.length + at, n, packed);
+// The gradient of the input of one image, and the weights as it reads them.
+template <typename T>
+struct InputGradient {
+  const ConvBlockShape& s;
+  const ChannelGroups groups;
+  const Runs runs;
+  const std::vector<Pass> passes;
+  const OutputTile tile;
+  const int64_t row, group_floats, padded_K, places;
+  int64_t block;  // channels whose weights of a pass fill three quarters of a 32 KiB cache
+  struct Place {
+    int64_t code, offset;
+  };
+  std::vector<Place> order;  // down the columns: the next place in a row has most of its pixels in
+                             // common with the last, which would have to be stored first
+  std::vector<int64_t> window;  // offset of each output of a tile
+  Scratch<float> weight, dx, grad;
+  Scratch<uint8_t> codes;
+  Buckets buckets;
+
+  InputGradient(const ConvBlockShape& shape, const float* w, bool has_winner)
+      : s(shape),
+        groups(s),
+        runs(groups.shape),
+        passes(passes_over(runs, kMaxInputSums)),
+        tile(groups.shape),
+        row((s.W + 2 * s.pad_w) * groups.channels),
+        group_floats((s.H + 2 * s.pad_h) * row),
+        padded_K(round_up(s.K, L)),
+        places(has_winner ? s.window() : 1) {
+    int64_t sums = 0;
+    for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
+    block = std::clamp<int64_t>(6144 / (sums * L) / L * L, L, 128);
+    for (int64_t column = 0; column < (has_winner ? s.pool_w : 1); ++column)
+      for (int64_t q = column; q < places; q += s.pool_w)
+        order.push_back({q, place_offset(groups.shape, q)});
+    window.resize(tile.rows * tile.columns);
+    weight.reserve(s.K * groups.count * floats_of(passes));
+    pack_weight(w);
+    dx.reserve(groups.count * group_floats);
+    grad.reserve(tile.rows * tile.columns * padded_K);
+    codes.reserve(tile.rows * tile.columns * padded_K);
+    buckets.reserve(tile.rows * tile.columns, places, block);
+  }
+
+  // [channel block][group][pass][channel][runs, vectors], zero past each run.
+  void pack_weight(const float* src) {
+    const int64_t taps = s.kernel_h * s.kernel_w * s.C;
+    float* to = weight.data;
+    for (int64_t k0 = 0; k0 < s.K; k0 += block)
+      for (int64_t group = 0; group < groups.count; ++group)
+        for (const Pass& pass : passes)
+          for (int64_t k = k0; k < std::min(k0 + block, s.K); ++k)
+            for (int64_t r = 0; r < pass.runs; ++r, to += pass.vecs * L) {
+              std::fill_n(to, pass.vecs * L, 0.f);
+              for_pieces(runs, pass, r, groups, group, s.C,
+                         [&](int64_t at, int64_t from, int64_t n) {
+                           std::copy_n(src + k * taps + from, n, to + at);
+                         });
+            }
+  }
+
+  // Adds the outputs of rows [p0, p1) × columns [w0, w1) of image n.
+  void add(const View4<const T>& grad_out, const uint8_t* winner, int64_t n, int64_t p0, int64_t p1,
+           int64_t w0, int64_t w1) {
+    const int64_t width = w1 - w0, pixels = (p1 - p0) * width;
+    pack_pixels(grad_out.from_column(w0), n, p0, p1 - p0, s.K, grad.data,
+                {width, width * padded_K, padded_K});
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t ph = p0 + p / width, pw = w0 + p % width;
+      window[p] = window_offset(groups.shape, ph, pw, 0);
+      if (winner)
+        std::copy_n(winner + ((n * s.out_h + ph) * s.out_w + pw) * s.K, s.K,
+                    codes.data + p * padded_K);
+    }
+    const float* w = weight.data;
+    for (int64_t k0 = 0; k0 < s.K; k0 += block) {
+      const int64_t channels = std::min(block, s.K - k0);
+      buckets.fill(pixels, channels, grad.data + k0, winner ? codes.data + k0 : nullptr, padded_K);
+      for (int64_t group = 0; group < groups.count; ++group)
+        for (const Pass& pass : passes) {
+          add_windows(pass, dx.data + group * group_floats + pass.vec * L, w, pixels);
+          w += channels * pass.sums() * L;
         }
-}
+    }
+  }
+
+  void add_windows(const Pass& pass, float* to, const float* w, int64_t pixels) const {
+    const AddChannels add = add_channels_for(pass);
+    const int64_t tail = std::min<int64_t>(runs.length - (pass.vec + pass.vecs - 1) * L, L);
+    for (int64_t p = 0; p < pixels; ++p)
+      for (const Place& place : order) {
+        const int64_t bucket = p * places + place.code, at = bucket * buckets.capacity;
+        if (buckets.count[bucket] > 0)
+          add(to + window[p] + place.offset, runs.offset.data() + pass.run, w, buckets.g.data + at,
+              buckets.channel.data + at, buckets.count[bucket], tail);
+      }
+  }
+
+  void image(const View4<const T>& grad_out, const uint8_t* winner, int64_t n,
+             const View4<T>& grad_input) {
+    std::fill_n(dx.data, groups.count * group_floats, 0.f);
+    for (int64_t p0 = 0; p0 < s.out_h; p0 += tile.rows)
+      for (int64_t w0 = 0; w0 < s.out_w; w0 += tile.columns)
+        add(grad_out, winner, n, p0, std::min(p0 + tile.rows, s.out_h), w0,
+            std::min(w0 + tile.columns, s.out_w));
+    for (int64_t group = 0; group < groups.count; ++group)
+      unpack_pixels(dx.data + group * group_floats + s.pad_h * row + s.pad_w * groups.channels,
+                    {s.W, row, groups.channels}, grad_input.from_channel(groups.begin(group)), n, 0,
+                    s.H, groups.width(group, s.C));
+  }
+};
 
 template <typename T>
 void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, const float* weight,
                     const uint8_t* winner, const View4<T>& grad_input, int64_t begin, int64_t end) {
-  const Runs runs(s);
-  const std::vector<Pass> passes = passes_over(runs);
-  const int64_t row = (s.W + 2 * s.pad_w) * s.C, height = s.H + 2 * s.pad_h;
-  const int64_t padded_K = round_up(s.K, L), places = winner ? s.window() : 1;
-  const int64_t l1_rows = rows_in_l1(s);
-  int64_t sums = 0;
-  for (const Pass& pass : passes) sums += pass.sums() * L;
-
-  Scratch<float> packed_weight, dx, grad;
-  Scratch<uint8_t> codes;
-  Buckets buckets;
-  packed_weight.reserve(s.K * sums);
-  pack_backward_weight(s, runs, passes, weight, packed_weight.data);
-  dx.reserve(height * row);
-  grad.reserve(l1_rows * s.out_w * padded_K);
-  codes.reserve(l1_rows * s.out_w * padded_K);
-  std::vector<int64_t> place(places), window_base(l1_rows * s.out_w);
-  for (int64_t q = 0; q < places; ++q) place[q] = place_offset(s, q);
-  for (int64_t p = 0; p < l1_rows * s.out_w; ++p)
-    window_base[p] = window_offset(s, p / s.out_w, p % s.out_w, 0);
-  const int64_t window_row = s.pool_stride_h * s.stride_h * row;
-
-  for (int64_t n = begin; n < end; ++n) {
-    std::fill_n(dx.data, height * row, 0.f);
-    for (int64_t p0 = 0; p0 < s.out_h; p0 += l1_rows) {
-      const int64_t rows = std::min(l1_rows, s.out_h - p0), pixels = rows * s.out_w;
-      pack_pixels(grad_out, n, p0, rows, s.K, grad.data,
-                    {s.out_w, s.out_w * padded_K, padded_K});
-      if (winner)
-        for (int64_t p = 0; p < pixels; ++p)
-          std::copy_n(winner + ((n * s.out_h + p0) * s.out_w + p) * s.K, s.K,
-                      codes.data + p * padded_K);
-      const float* w = packed_weight.data;
-      for (int64_t k0 = 0; k0 < s.K; k0 += kInputBlock) {
-        const int64_t channels = std::min(kInputBlock, s.K - k0);
-        buckets.fill(pixels, places, channels, grad.data + k0, winner ? codes.data + k0 : nullptr,
-                     padded_K);
-        for (const Pass& pass : passes) {
-          const AddChannels add = add_channels_for(pass);
-          const int64_t tail = std::min<int64_t>(runs.length - (pass.vec + pass.vecs - 1) * L, L);
-          for (int64_t p = 0, bucket = 0; p < pixels; ++p) {
-            float* window = dx.data + pass.vec * L + window_base[p] + p0 * window_row;
-            for (int64_t q = 0; q < places; ++q, ++bucket) {
-              const int64_t at = bucket * buckets.capacity;
-              if (buckets.count[bucket] > 0)
-                add(window + place[q], runs.offset.data() + pass.run, w, buckets.g.data + at,
-                    buckets.channel.data + at, buckets.count[bucket], tail);
-            }
-          }
-          w += channels * pass.sums() * L;
-        }
-      }
-    }
-    unpack_pixels(dx.data + s.pad_h * row + s.pad_w * s.C, {s.W, row, s.C}, grad_input, n, 0, s.H,
-                  s.C);
-  }
+  InputGradient<T> gradient(s, weight, winner != nullptr);
+  for (int64_t n = begin; n < end; ++n) gradient.image(grad_out, winner, n, grad_input);
 }

@@ -23,7 +23,7 @@ struct ConvBlockKernels {
   // last column is the bias gradient.
   void (*backward_weight)(const ConvBlockShape& s, const View4<const T>& grad_out,
                           const View4<const T>& x, const uint8_t* winner, float* partial,
-                          int64_t band, int64_t chunk, int64_t begin, int64_t end);
+                          int64_t chunk, int64_t begin, int64_t end);
   // Unit: one image.
   void (*backward_input)(const ConvBlockShape& s, const View4<const T>& grad_out,
                          const float* weight, const uint8_t* winner, const View4<T>& grad_input,
@@ -35,6 +35,15 @@ struct ConvBlockKernels {
 inline bool fast_path_serves(const ConvBlockShape& s) {
   return s.groups == 1 && s.window() <= 16 && s.C > 0 &&
          (s.H + 2 * s.pad_h) * (s.W + 2 * s.pad_w) * s.C < (int64_t{1} << 24);
+}
+
+// Pooled rows in a band: as many as keep the packed input within 256 KiB, half of a small
+// second-level cache.
+inline int64_t band_rows(const ConvBlockShape& s) {
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * static_cast<int64_t>(sizeof(float));
+  return std::clamp<int64_t>(
+      (262144 / row - (s.kernel_h - 1) * s.dilation_h) / (s.pool_stride_h * s.stride_h), 1,
+      s.out_h);
 }
 
 namespace avx2 {

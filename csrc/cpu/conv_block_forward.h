@@ -146,7 +146,7 @@ void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, cons
 }
 
 // Conv-map row into dst [conv_w, stride]. The last tile starts further left, so that it ends with
-// the row; rows shorter than a tile read the zeros that the packed band is followed by.
+// the row; rows shorter than a tile read past them, and those sums are dropped.
 template <int kVecs, typename Taps, typename Epilogue>
 [[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
                                                   const Runs& runs, const float* w,
@@ -455,7 +455,7 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const floa
     const int64_t n = unit / bands, p0 = unit % bands * band;
     const int64_t rows = std::min(band, s.out_h - p0);
     const Band input(s, p0, p0 + rows);
-    pack_band(s, x, n, input.first, input.rows, packed.data);
+    pack_band(s, x, s.C, n, input.first, input.rows, packed.data);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t k0 = blocks.begin(b) * L;
       with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
@@ -491,7 +491,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
     const int64_t pixels = std::min(band, s.out_h - p0) * s.out_w;
     const Band input(s, p0, p0 + pixels / s.out_w);
     for (int64_t i = 0; i < images; ++i)
-      pack_band(s, x, n + i, input.first, input.rows, packed.data + i * packed_size);
+      pack_band(s, x, s.C, n + i, input.first, input.rows, packed.data + i * packed_size);
     for (int64_t t0 = 0; t0 < images * pixels; t0 += block_tiles) {
       const int64_t tiles = std::min(block_tiles, images * pixels - t0);
       const int64_t padded = round_up(tiles, kTileMultiple);

@@ -4,14 +4,15 @@ constexpr int L = Vec::kLanes;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Scratch memory, aligned to a cache line, with room for one vector read past the end.
+// Scratch memory, aligned to a cache line, with room for one vector read past the end. What was
+// not written means nothing: sums over it are dropped.
 template <typename E>
 struct Scratch {
-  std::vector<E> memory;
+  std::unique_ptr<E[]> memory;
   E* data = nullptr;
   void reserve(int64_t n) {
-    memory.resize(n + (64 + 4 * L) / sizeof(E) + 4 * L);
-    data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+    memory.reset(new E[n + (64 + 4 * L) / sizeof(E) + 4 * L]);
+    data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
   }
 };
 
@@ -112,10 +113,11 @@ void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows
   }
 }
 
-// Rows [first, first + rows) of the zero-padded image, counted from the top of the padding.
+// Rows [first, first + rows) of the zero-padded image, counted from the top of the padding. Pixels
+// are s.C wide; the first `channels` of each are written.
 template <typename T>
-void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t n, int64_t first,
-               int64_t rows, float* dst) {
+void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t channels, int64_t n,
+               int64_t first, int64_t rows, float* dst) {
   const int64_t row_stride = (s.W + 2 * s.pad_w) * s.C;
   const int64_t top = std::clamp<int64_t>(s.pad_h - first, 0, rows);
   const int64_t inside = std::clamp<int64_t>(s.pad_h + s.H - first, top, rows) - top;
@@ -127,7 +129,7 @@ void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t n, int6
       std::fill_n(body + r * row_stride, s.pad_w * s.C, 0.f);
       std::fill_n(body + (r + 1) * row_stride - s.pad_w * s.C, s.pad_w * s.C, 0.f);
     }
-  pack_pixels(x, n, first + top - s.pad_h, inside, s.C, body + s.pad_w * s.C,
+  pack_pixels(x, n, first + top - s.pad_h, inside, channels, body + s.pad_w * s.C,
               {s.W, row_stride, s.C});
 }
 
@@ -140,7 +142,7 @@ void unpack_pixels(const float* src, const Pixels& layout, const View4<T>& y, in
                               y.c);
   for (int64_t r = 0; r < rows; ++r, src += layout.row_stride) {
     T* dst = y.at(n, 0, first + r, 0);
-    if (layout.pixel_stride == channels)
+    if (layout.pixel_stride == channels && y.w == channels)
       copy_row(src, layout.width * channels, dst);
     else
       for (int64_t w = 0; w < layout.width; ++w)
