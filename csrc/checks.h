@@ -98,6 +98,13 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   return Tensor(handle);
 }
 
+// The tensor whose memory format the output of a convolution takes: input, unless that has one
+// channel, which lies the same way in both formats; then, as in PyTorch, the weight may ask for
+// channels-last.
+inline const Tensor& gives_output_format(const Tensor& input, const Tensor& weight) {
+  return input.size(1) == 1 && suggests_channels_last(weight) ? weight : input;
+}
+
 inline Tensor empty_flat(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t numel = 1;

@@ -83,7 +83,8 @@ def conv_block(
     read as it is, without a cast copy.
 
     Returns:
-        (N, K, out_h, out_w), or (K, out_h, out_w): input's dtype and memory format.
+        (N, K, out_h, out_w), or (K, out_h, out_w): input's dtype and memory format. An input of one
+        channel lies the same way in both formats: its output is channels-last if weight is.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -222,9 +223,14 @@ def _check_fake_devices(op, input, **others):
             )
 
 
-def _empty_like_kernels(shape, like):
-    """A new 4D tensor as the kernels allocate it: in the memory format that `like` suggests."""
+def _empty_like_kernels(shape, like, weight=None):
+    """A new 4D tensor as the kernels allocate it: in the memory format that `like` suggests.
+
+    With one channel, which lies the same way in both formats, ``weight`` may ask for channels-last.
+    """
     memory_format = torch._prims_common.suggest_memory_format(like)
+    if weight is not None and like.shape[1] == 1 and memory_format == torch.contiguous_format:
+        memory_format = torch._prims_common.suggest_memory_format(weight)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -249,7 +255,7 @@ def _conv_block_forward_fake(
     if pool_size:
         out = F.max_pool2d(out, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     n, k, h, w = out.shape
-    out = _empty_like_kernels((n, k, h, w), input)
+    out = _empty_like_kernels((n, k, h, w), input, weight)
     window = pool_size[0] * pool_size[1] if pool_size else 1
     saved = save_winner and (relu or window > 1)
     dtype = torch.uint8 if window <= 255 else torch.int32

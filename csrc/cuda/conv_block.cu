@@ -308,7 +308,8 @@ std::tuple<Tensor, Tensor> conv_block_forward(
       "conv_block", input, weight, bias,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   const Launcher launch(input);
-  Tensor out = empty_4d(s.N, s.K, s.out_h, s.out_w, input.scalar_type(), input);
+  Tensor out =
+      empty_4d(s.N, s.K, s.out_h, s.out_w, input.scalar_type(), gives_output_format(input, weight));
   Tensor winner = empty_winner(s, save_winner, input);
   if (s.out_numel() == 0) return {out, winner};
   // The kernel reads bias as one run of memory.

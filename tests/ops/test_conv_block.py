@@ -282,6 +282,34 @@ def test_path_can_be_asked(name):
     assert double == "general"
 
 
+LENGTHS = {  # what has the length, from the kernels' point of view
+    "in_channels": lambda n: ConvCase("", "", n, 9, 6, 6, padding=1),
+    "out_channels": lambda n: ConvCase("", "", 5, n, 6, 6, padding=1),
+    "winograd_out_channels": lambda n: ConvCase("", "", 16, n, 6, 6, padding=1),
+    "columns": lambda n: ConvCase("", "", 9, 9, 4, n, padding=1, pool_size=None),
+    "windows": lambda n: ConvCase("", "", 16, 16, 4, 2 * n, padding=1),
+    "images": lambda n: ConvCase("", "", 9, 9, 5, 5, batch=n),
+    "taps": lambda n: ConvCase("", "", 2, 9, 5, n + 2, kernel=(2, n)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("what", LENGTHS)
+def test_every_tail_length_is_the_scalar_kernel(what, layout):
+    """Any number of anything, against the scalar kernels, which serve float64: bit for bit."""
+    for n in range(1, 40):
+        case = LENGTHS[what](n)
+        problem = [with_layout(t, layout) if t.dim() == 4 else t for t in integer_problem(case)]
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            x, w, b, grad_out = (t.to(dtype) for t in problem)
+            out, winner = forward_with_winner(x, w, b, case)
+            results.append((out, winner, *backward(grad_out, x, w, winner, case)))
+        names = ["out", "winner", "grad_input", "grad_weight", "grad_bias"]
+        for name, ours, exact in zip(names, *results, strict=True):
+            assert torch.equal(ours.double(), exact.double()), (name, n)
+
+
 def test_no_grad_gives_the_same_output_and_no_graph(device):
     x, w, b, _ = random_problem(BY_NAME["plain"], DTYPES["float32"], device)
     leaves = leaves_of(x, w, b)
@@ -311,7 +339,8 @@ def test_every_instruction_set(isa):
         assert isa in probe.stderr
         pytest.skip("this CPU lacks it")
     assert probe.stdout.strip() == isa
-    chosen = "test_integers_are_bit_for_bit_native and cpu and float32-contiguous"
+    chosen = "(test_integers_are_bit_for_bit_native and cpu and float32-contiguous)"
+    chosen += " or test_every_tail_length"
     program = [
         sys.executable,
         "-m",
@@ -489,6 +518,18 @@ def test_output_and_gradient_keep_the_memory_format(name, layout, device):
     assert out.is_contiguous(memory_format=expected)
     assert grads[0].is_contiguous(memory_format=expected)
     assert grads[1].is_contiguous()
+
+
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_one_channel_takes_the_format_of_input_or_weight(input_format, weight_format, device):
+    case = BY_NAME["mnist1-pool"]
+    x, w, b, _ = random_problem(case, DTYPES["float32"], device)
+    x, w = x.to(memory_format=input_format), w.to(memory_format=weight_format)
+    native = reference.conv_block(x, w, b, **case.function_arguments)
+    for to in (device, "meta"):
+        out = conv_block(x.to(to), w.to(to), b.to(to), **case.function_arguments)
+        assert out.stride() == native.stride()
 
 
 @every_layout
