@@ -73,16 +73,6 @@ inline bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
-// A new tensor [N, C, H, W] in the memory format that `like` suggests.
-inline Tensor empty_4d(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,
-                       const Tensor& like) {
-  using torch::headeronly::MemoryFormat;
-  const std::vector<int64_t> sizes{N, C, H, W};
-  return torch::stable::empty(
-      sizes, dtype, std::nullopt, like.device(), std::nullopt,
-      suggests_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // A new tensor on the device of `like`. Much faster than torch::stable::empty, which looks its op
 // up by name in every call.
 inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
@@ -96,6 +86,18 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+// A new tensor [N, C, H, W] in the memory format that `like` suggests.
+inline Tensor empty_4d(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype,
+                       const Tensor& like) {
+  const int64_t sizes[] = {N, C, H, W};
+  // PyTorch counts an empty dimension as 1 here.
+  C = std::max<int64_t>(C, 1), H = std::max<int64_t>(H, 1), W = std::max<int64_t>(W, 1);
+  const int64_t contiguous[] = {C * H * W, H * W, W, 1};
+  const int64_t channels_last[] = {H * W * C, 1, W * C, C};
+  return empty_strided(4, sizes, suggests_channels_last(like) ? channels_last : contiguous, dtype,
+                       like);
 }
 
 // The tensor whose memory format the output of a convolution takes: input, unless that has one
