@@ -1,18 +1,38 @@
-"""The command line: ``fastcls train RECIPE`` and ``fastcls info``."""
+"""The command line: ``fastcls train``, ``compare``, ``predict``, ``filters`` and ``info``."""
 
 import argparse
+import os
 import sys
 import time
+from dataclasses import fields
 
 import torch
 
 from fastcls import build_info, recipes
+from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.models import LAYERS
 from fastcls.runs import run
 
-# The options of ``train`` that are settings of a recipe: None stands for the recipe's default.
-SETTINGS = ("layers", "amp", "epochs", "batch_size", "lr", "seed")
+# Options that are settings of a recipe, by the field of its Config; None stands for its default.
+SETTINGS = {
+    "layers": {"choices": list(LAYERS), "help": "default: fused"},
+    "amp": {"action": "store_true", "help": "float16 on CUDA, bfloat16 on the CPU"},
+    "epochs": {"type": int, "metavar": "N"},
+    "batch_size": {"type": int, "metavar": "N", "help": "of all processes together"},
+    "lr": {"type": float, "metavar": "X", "help": "learning rate"},
+    "schedule": {"choices": list(SCHEDULES), "help": "of the learning rate"},
+    "optimizer": {"choices": list(OPTIMIZERS)},
+    "clip_norm": {"type": float, "metavar": "X", "help": "largest norm of the gradients"},
+    "patience": {"type": int, "metavar": "N", "help": "stop after N epochs without a better one"},
+    "weights": {"metavar": "W", "help": "of VGG-16: none, default (downloaded) or a file"},
+    "channels_last": {"action": "store_true", "help": "train in this memory format"},
+    "cuda_graph": {"action": argparse.BooleanOptionalAction, "help": "default on CUDA: yes"},
+    "seed": {"type": int, "metavar": "N", "help": "default: 0"},
+}
+
+
+DEVICES = "cpu, cuda, cuda:1 … (default: cuda if there is one)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         options = parser().parse_args(argv)
         return options.command(options)
     except (UserError, OSError) as error:
-        print(f"fastcls: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # one of torchrun's processes speaks for all
+            print(f"fastcls: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastcls: interrupted", file=sys.stderr)
@@ -41,42 +62,82 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe")
     train.set_defaults(command=_train)
-    train.add_argument("recipe", metavar="RECIPE", help=", ".join(recipes.names()))
-    add = train.add_argument
-    add("--data", metavar="DIR", help="data sets (default: $FASTCLS_DATA, else ~/.cache/fastcls)")
-    add("--out", metavar="DIR", help="folder of the run (default: runs/RECIPE-TIME)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
-    add("--layers", choices=list(LAYERS), help="default: fused")
-    add("--amp", action="store_true", default=None, help="float16 on CUDA, bfloat16 on the CPU")
-    add("--epochs", type=int, metavar="N")
-    add("--batch-size", type=int, metavar="N")
-    add("--lr", type=float, metavar="X", help="learning rate")
-    add("--seed", type=int, metavar="N", help="default: 0")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    _add_run(train, "folder of the run (default: runs/RECIPE-TIME)")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too")
+    for name, option in SETTINGS.items():
+        train.add_argument(f"--{name.replace('_', '-')}", default=None, **option)
+
+    compare = commands.add_parser("compare", help="train native and fused layers side by side")
+    compare.set_defaults(command=_compare)
+    _add_run(compare, "folder of the results (default: runs/compare-RECIPE-TIME)")
+    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="how many (default: 1)")
+    for name, option in SETTINGS.items():
+        if name not in ("layers", "channels_last"):
+            compare.add_argument(f"--{name.replace('_', '-')}", default=None, **option)
+
+    predict = commands.add_parser("predict", help="tell the likeliest classes of images")
+    predict.set_defaults(command=_predict)
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    predict.add_argument("images", metavar="IMAGE", nargs="+")
+    predict.add_argument("--out", metavar="FILE", default="predict.png", help="the picture")
+    predict.add_argument("--device", default="auto", help=DEVICES)
+
+    filters = commands.add_parser("filters", help="draw what small filters make of a photo")
+    filters.set_defaults(command=_filters)
+    filters.add_argument("photo", metavar="PHOTO")
+    filters.add_argument("--out", metavar="DIR", default="filters", help="default: filters")
 
     info = commands.add_parser("info", help="tell what was built and what runs")
     info.set_defaults(command=_info)
     return top
 
 
+def _add_run(command: argparse.ArgumentParser, out: str) -> None:
+    """The options of all commands that train."""
+    add = command.add_argument
+    add("recipe", metavar="RECIPE", help=", ".join(recipes.names()))
+    add("--data", metavar="DIR", help="data sets (default: $FASTCLS_DATA, else ~/.cache/fastcls)")
+    add("--out", metavar="DIR", help=out)
+    add("--device", default="auto", help=DEVICES)
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
 def _train(options: argparse.Namespace) -> int:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out DIR, the folder of the run to continue")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    changes = {name: getattr(options, name) for name in SETTINGS}
+    set_threads(options.threads)
     finished = run(
         options.recipe,
         options.out or f"runs/{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         data=options.data,
         device=pick_device(options.device, options.layers or "fused"),
         resume=options.resume,
-        **{name: value for name, value in changes.items() if value is not None},
+        tensorboard=options.tensorboard,
+        **settings(options),
     )
     return 0 if finished else 130
+
+
+def settings(options: argparse.Namespace) -> dict:
+    """The settings given on the command line.
+
+    Raises:
+        UserError: the recipe has no such setting.
+    """
+    given = {name: getattr(options, name, None) for name in SETTINGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    known = {field.name for field in fields(recipes.get(options.recipe).Config)}
+    if unknown := sorted(given.keys() - known):
+        raise UserError(f"recipe {options.recipe} has no --{unknown[0].replace('_', '-')}")
+    return given
+
+
+def set_threads(count: int | None) -> None:
+    if count is not None:
+        if count < 1:
+            raise UserError(f"--threads must be at least 1, got {count}")
+        torch.set_num_threads(count)
 
 
 def pick_device(name: str, layers: str) -> str:
@@ -100,6 +161,43 @@ def pick_device(name: str, layers: str) -> str:
     if device.type == "cuda" and kernels != "loaded":
         raise UserError(f"fused layers cannot run on {name}: the CUDA kernels are {kernels}")
     return name
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from fastcls.compare import compare
+
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    set_threads(options.threads)
+    compare(
+        options.recipe,
+        options.out or f"runs/compare-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+        seeds=options.seeds,
+        data=options.data,
+        device=pick_device(options.device, "fused"),
+        **settings(options),
+    )
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from fastcls.predict import predict
+
+    predict(
+        options.checkpoint,
+        options.images,
+        options.out,
+        device=pick_device(options.device, "fused"),
+    )
+    return 0
+
+
+def _filters(options: argparse.Namespace) -> int:
+    from fastcls.filters import draw
+
+    for file in draw(options.photo, options.out):
+        print(file)
+    return 0
 
 
 def _info(options: argparse.Namespace) -> int:

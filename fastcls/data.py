@@ -1,23 +1,19 @@
-"""Small image sets held in memory as bytes and handed out as normalised batches."""
+"""Labelled images as normalised batches, and the small sets that are held in memory as bytes."""
 
-import contextlib
-import io
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastcls.errors import UserError, import_extra
+from fastcls.augment import RandomAffine
+from fastcls.config import Config
+from fastcls.distributed import ALONE, Share
+from fastcls.errors import import_extra
 
-DEFAULT_ROOT = Path("~/.cache/fastcls")
-# Evaluation keeps no activations, so it can afford large batches whatever the training uses.
+# Evaluation keeps no activations, so small images go through in large batches whatever the
+# training uses.
 EVALUATION_BATCH = 512
-# A download attempt on a machine whose network swallows packets must end in a message.
-CONNECT_SECONDS = 20
 
 
 class ImageSet(NamedTuple):
@@ -27,18 +23,113 @@ class ImageSet(NamedTuple):
     labels: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Input:
+    """What a model takes of an image.
+
+    Args:
+        channels: 1 (grey) or 3 (red, green, blue).
+        size: height and width in pixels.
+        mean, std: one number per channel; None (default) leaves values in 0..1.
+        resize: the shorter side before the centre is cut out; None (default): ``size``.
+    """
+
+    channels: int
+    size: int
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    resize: int | None = None
+
+    def prepare(self, image) -> torch.Tensor:
+        """An image of Pillow as uint8 [C, size, size]: resized, then its centre."""
+        v2 = import_extra("torchvision.transforms.v2")
+        x = v2.functional.pil_to_tensor(image.convert("L" if self.channels == 1 else "RGB"))
+        if x.shape[1:] != (self.size, self.size):
+            x = v2.functional.resize(x, [self.resize or self.size], antialias=True)
+            x = v2.functional.center_crop(x, [self.size, self.size])
+        return x
+
+
 class Batches:
-    """A labelled image set on one device, cut into float32 batches on that device.
+    """A labelled image set cut into float32 batches on one device.
 
     Bytes become ``(image / 255 - mean) / std``, a whole batch at a time.
 
     Args:
-        images: uint8 [N, C, H, W], N > 0.
-        labels: int64 [N].
+        labels: int64 [N], N > 0.
         batch_size: images per batch; the last batch holds the rest.
-        mean, std: one number per channel; None (default) leaves values in 0..1.
+        input: the size of the images, and how they are normalised.
         shuffle: a new order in every epoch. Default False.
-        seed: the order is a function of ``seed`` and the epoch alone. Default 0.
+        seed: order and augmentation are functions of ``seed`` and the epoch alone. Default 0.
+    """
+
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        batch_size: int,
+        input: Input,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.labels, self.batch_size, self.input = labels, batch_size, input
+        self.shuffle, self.seed = shuffle, seed
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device, share: Share = ALONE) -> "Batches":
+        """Give batches on ``device`` from now on, and of each only this process's ``share``."""
+        self.device, self.share = device, share
+        self._mean, self._std = (
+            None if values is None else torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (self.input.mean, self.input.std)
+        )
+        return self
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def size(self, step: int) -> int:
+        """Images in the batch at ``step`` of an epoch, over all processes."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (images float32 [B, C, H, W], labels int64 [B]) of epoch ``number``.
+
+        ``start`` skips that many batches, to continue an epoch broken off in the middle.
+        """
+        raise NotImplementedError
+
+    def first(self, count: int) -> ImageSet:
+        """The first images of the set, as bytes."""
+        raise NotImplementedError
+
+    def _generator(self, number: int) -> torch.Generator:
+        # On the CPU, so that every device sees the same order.
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+
+    def _rows(self, start: int) -> Iterator[slice]:
+        """This process's rows of each batch from ``start`` on."""
+        for step in range(start, len(self)):
+            first = step * self.batch_size
+            yield self.share.rows(first, first + self.size(step))
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        if self._mean is not None:
+            x.sub_(self._mean)
+        if self._std is not None:
+            x.div_(self._std)
+        return x
+
+
+class MemoryBatches(Batches):
+    """Batches of images that lie in memory as bytes, on the device of the batches.
+
+    Args:
+        images: uint8 [N, C, H, W], N > 0.
+        labels ... input: as in :class:`Batches`.
+        augment: turns and shifts the images of each batch; default None.
+        order: ``shuffle`` and ``seed``, as in :class:`Batches`.
     """
 
     def __init__(
@@ -46,48 +137,35 @@ class Batches:
         images: torch.Tensor,
         labels: torch.Tensor,
         batch_size: int,
+        input: Input,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
+        augment: RandomAffine | None = None,
+        **order,
     ):
-        self.images, self.labels = images, labels
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.mean, self.std = (
-            None if values is None else torch.tensor(values, device=images.device).view(-1, 1, 1)
-            for values in (mean, std)
-        )
+        self.images, self.augment = images, augment
+        super().__init__(labels, batch_size, input, **order)
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.labels) // self.batch_size)
+    def to(self, device: torch.device, share: Share = ALONE) -> Batches:
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return super().to(device, share)
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images float32 [B, C, H, W], labels int64 [B]) of epoch ``number``.
+        images, labels, count = self.images, self.labels, len(self.labels)
+        generator = self._generator(number)
+        order = drawn = None
+        if self.shuffle:
+            order = torch.randperm(count, generator=generator).to(self.device)
+        if self.augment is not None:
+            drawn = self.augment.draw(count, generator).to(self.device)
+        for rows in self._rows(start):
+            chosen = rows if order is None else order[rows]
+            x = images[chosen] / 255
+            if drawn is not None:
+                x = self.augment(x, drawn[rows])
+            yield self._normalise(x), labels[chosen]
 
-        ``start`` skips that many batches, to continue an epoch broken off in the middle.
-        """
-        images, labels = self.images, self.labels
-        order = self._order(number) if self.shuffle else None
-        for first in range(start * self.batch_size, len(labels), self.batch_size):
-            chosen = slice(first, first + self.batch_size)
-            if order is not None:
-                chosen = order[chosen]
-            yield self._normalise(images[chosen]), labels[chosen]
-
-    def _order(self, number: int) -> torch.Tensor:
-        # Drawn on the CPU so that every device sees the same order.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-
-    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        x = images / 255
-        if self.mean is not None:
-            x.sub_(self.mean)
-        if self.std is not None:
-            x.div_(self.std)
-        return x
+    def first(self, count: int) -> ImageSet:
+        return ImageSet(self.images[:count].cpu(), self.labels[:count].cpu())
 
 
 @dataclass
@@ -99,36 +177,39 @@ class Data:
     classes: list[str]
     val: Batches | None = None
 
+    def to(self, device: torch.device, share: Share) -> "Data":
+        for batches in (self.train, self.val, self.test):
+            if batches is not None:
+                batches.to(device, share)
+        return self
+
 
 def in_memory(
     train: ImageSet,
     test: ImageSet,
     classes: list[str],
-    device: torch.device,
+    config: Config,
     *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
     val_fraction: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    augment: RandomAffine | None = None,
 ) -> Data:
-    """Put the sets on ``device`` and cut them into batches.
+    """Cut the sets into batches as ``config`` says.
 
-    A positive ``val_fraction`` holds out that part of ``train``, drawn at random by ``seed``.
+    A positive ``val_fraction`` holds out that part of ``train``, drawn at random by the seed;
+    ``augment`` is for the training images alone.
     """
-
-    def batches(images: ImageSet, size: int, **order) -> Batches:
-        on_device = (tensor.to(device) for tensor in images)
-        return Batches(*on_device, size, mean=mean, std=std, **order)
-
+    _, channels, _, size = train.images.shape
+    given = Input(channels, size, mean, std)
     val = None
     if val_fraction > 0:
-        train, held_out = split(train, val_fraction, seed)
-        val = batches(held_out, EVALUATION_BATCH)
+        train, held_out = split(train, val_fraction, config.seed)
+        val = MemoryBatches(*held_out, EVALUATION_BATCH, given)
+    order = {"shuffle": config.shuffle, "seed": config.seed}
     return Data(
-        train=batches(train, batch_size, shuffle=shuffle, seed=seed),
-        test=batches(test, EVALUATION_BATCH),
+        train=MemoryBatches(*train, config.batch_size, given, augment=augment, **order),
+        test=MemoryBatches(*test, EVALUATION_BATCH, given),
         classes=classes,
         val=val,
     )
@@ -136,9 +217,15 @@ def in_memory(
 
 def split(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """Split at random into (rest, held out), the second with ``fraction`` of the images."""
-    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order.tensor_split([round(fraction * len(order))])
+    held_out, rest = shares_of(len(images.labels), [fraction], seed)
     return tuple(ImageSet(*(t[part] for t in images)) for part in (rest, held_out))
+
+
+def shares_of(count: int, fractions: Sequence[float], seed: int) -> list[torch.Tensor]:
+    """0..count - 1 in a random order, cut into parts of these fractions and the rest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    ends = [round(sum(fractions[: i + 1]) * count) for i in range(len(fractions))]
+    return list(order.tensor_split(ends))
 
 
 def digits() -> tuple[ImageSet, ImageSet, list[str]]:
@@ -158,75 +245,3 @@ def digits() -> tuple[ImageSet, ImageSet, list[str]]:
     labels = torch.from_numpy(labels)
     train, test = (ImageSet(images[part], labels[part]) for part in (train, test))
     return train, test, [str(digit) for digit in range(10)]
-
-
-def data_root(option: str | os.PathLike | None = None) -> Path:
-    """The folder of the data sets: ``option``, else $FASTCLS_DATA, else ~/.cache/fastcls."""
-    return Path(option or os.environ.get("FASTCLS_DATA") or DEFAULT_ROOT).expanduser()
-
-
-def torchvision_set(name: str, root: Path) -> tuple[ImageSet, ImageSet, list[str]]:
-    """A data set of torchvision from ``root``, downloaded to it if absent: (train, test, classes).
-
-    Args:
-        name: a class of ``torchvision.datasets`` that keeps its images in ``data``
-            and its labels in ``targets``, such as ``"MNIST"`` or ``"CIFAR10"``.
-        root: the folder that torchvision calls root.
-
-    Raises:
-        UserError: torchvision is not installed, the files are damaged, or they are
-            neither there nor to be downloaded.
-    """
-    dataset = getattr(import_extra("torchvision.datasets"), name)
-    missing = [path for path in _files(dataset, root) if not path.exists()]
-    if missing:
-        _download(dataset, root, missing)
-    try:
-        parts = [dataset(root, train=train) for train in (True, False)]
-    except Exception as error:  # torchvision raises whatever its parser trips over
-        raise UserError(
-            f"{name} in {root} is damaged ({error or type(error).__name__}): "
-            "remove its files there and run again to download them, or pass another --data DIR"
-        ) from error
-    classes = [name.partition(" - ")[0] for name in parts[0].classes]  # MNIST has "7 - seven"
-    return *(_image_set(part) for part in parts), classes
-
-
-def _files(dataset: type, root: Path) -> list[Path]:
-    """The files that ``dataset`` reads under ``root``."""
-    if hasattr(dataset, "resources"):  # the MNIST family: unpacked idx files
-        folder = root / dataset.__name__ / "raw"
-        return [folder / Path(url).stem for url, _ in dataset.resources]
-    batches = dataset.train_list + dataset.test_list  # the CIFAR family: pickled batches
-    names = [name for name, _ in batches] + [dataset.meta["filename"]]
-    return [root / dataset.base_folder / name for name in names]
-
-
-def _download(dataset: type, root: Path, missing: list[Path]) -> None:
-    name = dataset.__name__
-    new_folders = [folder for folder in missing[0].parents if not folder.exists()]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a line for every mirror tried
-            dataset(root, download=True)
-    except Exception as error:  # no network, no such mirror, no write permission, bad checksum
-        for folder in new_folders:
-            with contextlib.suppress(OSError):  # never made, or holds a finished file
-                folder.rmdir()
-        raise UserError(
-            f"{name} is missing: {len(missing)} of its files are not there, the first is "
-            f"{missing[0]}, and the download failed ({' '.join(str(error).split())}). "
-            "Two ways to get it: point --data or FASTCLS_DATA at a folder that "
-            f"torchvision.datasets.{name} can read, or run again with a network "
-            "and it is downloaded"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _image_set(part) -> ImageSet:
-    images = torch.as_tensor(part.data)
-    # Grey images come as [N, H, W], colour images as [N, H, W, C].
-    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    return ImageSet(images.contiguous(), torch.as_tensor(part.targets))

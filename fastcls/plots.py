@@ -1,10 +1,12 @@
 """The pictures of a run, drawn straight to files."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 
 from fastcls.errors import import_extra
+from fastcls.summary import ClassFigures
 
 Figure = import_extra("matplotlib.figure").Figure
 
@@ -58,27 +60,226 @@ def predictions(
     classes: list[str],
     file: Path,
 ) -> None:
-    """The first 20 images in two rows, each titled with its prediction.
+    """Images in rows of ten, each titled with its prediction.
 
     A right prediction is green; a wrong one is red, with the true class below the image.
 
     Args:
-        images: uint8 [N, C, H, W], C = 1 (grey) or 3.
+        images: uint8 [N, C, H, W], C = 1 (grey) or 3; N up to 20.
         labels, predicted: int64 [N].
         classes: the name of each class.
         file: where the PNG goes.
     """
     figure = Figure(figsize=(14, 3.8), layout="constrained")
-    pixels = images[:20].permute(0, 2, 3, 1).cpu().numpy()
-    truth, guesses = labels[:20].tolist(), predicted[:20].tolist()
-    for i, axes in enumerate(figure.subplots(2, 10).flat):
-        axes.set(xticks=[], yticks=[])
-        axes.set_frame_on(False)
-        if i >= len(pixels):
-            continue
-        axes.imshow(pixels[i], cmap="gray", vmin=0, vmax=255)
-        right = guesses[i] == truth[i]
-        axes.set_title(classes[guesses[i]], color=RIGHT if right else WRONG)
-        if not right:
-            axes.set_xlabel(f"is {classes[truth[i]]}")
+    cells = figure.subplots(2, 10).flat
+    for image, truth, guess, axes in zip(images, labels, predicted, cells, strict=False):
+        _show(axes, image)
+        axes.set_title(_short(classes[guess]), color=RIGHT if guess == truth else WRONG)
+        if guess != truth:
+            axes.set_xlabel(f"is {_short(classes[truth])}")
+    for axes in list(cells)[len(images) :]:
+        axes.set_axis_off()
+    figure.savefig(file, dpi=120)
+
+
+def strip(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    predicted: torch.Tensor,
+    classes: list[str],
+    file: Path,
+) -> None:
+    """Images in one row, each titled with its true class over the predicted one.
+
+    Arguments as of :func:`predictions`.
+    """
+    figure = Figure(figsize=(1.5 * len(images), 2.2), layout="constrained")
+    row = figure.subplots(1, len(images), squeeze=False).flat
+    for image, truth, guess, axes in zip(images, labels, predicted, row, strict=True):
+        _show(axes, image)
+        axes.set_title(
+            f"{_short(classes[truth])}\n{_short(classes[guess])}",
+            color=RIGHT if guess == truth else WRONG,
+        )
+    figure.savefig(file, dpi=120)
+
+
+def _show(axes, image: torch.Tensor) -> None:
+    """A uint8 image [C, H, W] without frame or ticks."""
+    axes.set(xticks=[], yticks=[])
+    axes.set_frame_on(False)
+    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 12 else name[:11] + "…"
+
+
+def confusion(counts: torch.Tensor, classes: list[str], file: Path) -> None:
+    """The confusion matrix: a row per true class, a column per predicted one.
+
+    Colour is the share of the row; the numbers are images, and zeros are left out.
+
+    Args:
+        counts: int64 [true class, predicted class].
+        classes: the name of each class.
+        file: where the PNG goes.
+    """
+    side = 2.2 + 0.46 * len(classes)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=90)
+    axes.set_yticks(places, classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    for row, column in counts.nonzero().tolist():
+        axes.text(
+            column,
+            row,
+            counts[row, column].item(),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if shares[row, column] > 0.5 else "black",
+        )
+    figure.savefig(file, dpi=120)
+
+
+def class_accuracy(classes: list[ClassFigures], file: Path) -> None:
+    """The accuracy of each class against its number of training images, one named dot each."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    names: dict[tuple[int, float], list[str]] = {}
+    for c in classes:
+        if c.tested:
+            names.setdefault((c.trained, c.accuracy), []).append(_short(c.name))
+    for place, here in names.items():  # classes at one place share a label, one below the other
+        axes.plot(*place, "o", color=COLOURS["test"], markersize=4)
+        axes.annotate(
+            "\n".join(here), place, (5, 0), textcoords="offset points", size=8, va="center"
+        )
+    axes.set(xlabel="training images of the class", ylabel="test accuracy of the class")
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(alpha=0.3)
+    axes.yaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1))
+    figure.savefig(file, dpi=120)
+
+
+def guesses(photos: list, best: list[list[tuple[str, float]]], file: Path) -> None:
+    """Each photo beside bars of its likeliest classes.
+
+    Args:
+        photos: images of Pillow.
+        best: per photo, (class, probability) from the likeliest down.
+        file: where the PNG goes.
+    """
+    figure = Figure(figsize=(8, 2.6 * len(photos)), layout="constrained")
+    rows = figure.subplots(len(photos), 2, squeeze=False, width_ratios=[1, 1.6])
+    for (left, right), photo, classes in zip(rows, photos, best, strict=True):
+        left.imshow(photo.convert("RGB"))
+        left.set_axis_off()
+        names, values = zip(*classes, strict=True)
+        places = range(len(names))
+        bars = right.barh(places, values, color=COLOURS["train"])
+        right.bar_label(bars, [f"{value:.1%}" for value in values], padding=3)
+        right.set_yticks(places, names)
+        right.invert_yaxis()
+        right.set(xlim=(0, 1.15), xticks=[0, 0.25, 0.5, 0.75, 1])
+        right.xaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1))
+        right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def filters(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Each filter [h, w] as a grid of grey cells with their values written in them."""
+    figure = Figure(figsize=(3.2 * len(weights), 3.5), layout="constrained")
+    for axes, (name, weight) in zip(figure.subplots(1, len(weights)), weights.items(), strict=True):
+        axes.imshow(weight.numpy(), cmap="gray")
+        axes.set(title=name, xticks=[], yticks=[])
+        middle = (weight.min() + weight.max()).item() / 2
+        for row, values in enumerate(weight.tolist()):
+            for column, value in enumerate(values):
+                colour = "black" if value > middle else "white"
+                text = str(Fraction(value)) if value % 1 else f"{value:.0f}"
+                axes.text(column, row, text, color=colour, ha="center", va="center")
+    figure.savefig(file, dpi=120)
+
+
+def maps(images: dict[str, torch.Tensor], file: Path) -> None:
+    """Maps [h, w] side by side, each in its own range of greys, three in a row."""
+    rows = -(-len(images) // 3)
+    height, width = next(iter(images.values())).shape
+    figure = Figure(figsize=(15, rows * (5 * height / width + 0.4)), layout="constrained")
+    cells = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, (name, image) in zip(cells, images.items(), strict=False):
+        low, high = _range([image])
+        axes.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
+        axes.set_title(name)
+    figure.savefig(file, dpi=120)
+
+
+def stages(maps: dict[str, torch.Tensor], channels: list[str], file: Path) -> None:
+    """A row per channel and a column per stage of maps [channels, h, w].
+
+    All maps share one range of greys, so that what ReLU cuts off shows.
+    """
+    height, width = next(iter(maps.values())).shape[1:]
+    low, high = _range(list(maps.values()))
+    size = (4.2 * len(maps), len(channels) * (3.7 * height / width + 0.1))
+    figure = Figure(figsize=size, layout="constrained")
+    cells = figure.subplots(len(channels), len(maps), squeeze=False)
+    for column, (stage, images) in enumerate(maps.items()):
+        for row, channel in enumerate(channels):
+            axes = cells[row][column]
+            shown = axes.imshow(images[row].numpy(), cmap="gray", vmin=low, vmax=high)
+            axes.set(xticks=[], yticks=[])
+            if row == 0:
+                axes.set_title(f"{stage}, {images.shape[2]} x {images.shape[1]}")
+            if column == 0:
+                axes.set_ylabel(channel)
+    figure.colorbar(shown, ax=cells, shrink=0.5)
+    figure.savefig(file, dpi=120)
+
+
+def _range(maps: list[torch.Tensor]) -> tuple[float, float]:
+    """The range of all but the brightest and darkest 1 %, which would leave the rest grey."""
+    values = torch.cat([m.flatten() for m in maps])
+    lowest, highest = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.01, 0.99))
+    return lowest.item(), highest.item()
+
+
+def comparison(losses: dict[str, list[float]], ratios: list[list[float]], file: Path) -> None:
+    """The loss curves of both kinds of layers, and the time ratio in each epoch.
+
+    Args:
+        losses: per kind of layers, the loss of each step of one seed.
+        ratios: per seed, native time / fused time in each epoch.
+        file: where the PNG goes.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    # The native curve is wide, so that it shows where the fused one covers it.
+    styles = {
+        "native": {"color": "tab:gray", "linewidth": 2.5},
+        "fused": {"color": "tab:blue", "linewidth": 0.8},
+    }
+    for name, values in losses.items():
+        left.plot(
+            range(1, len(values) + 1), values, **{"linewidth": 0.8} | styles[name], label=name
+        )
+    left.set(xlabel="step", ylabel="training loss")
+    left.set_ylim(bottom=0)
+    left.legend()
+    for seed in ratios:
+        right.plot(range(1, len(seed) + 1), seed, "o-", color="tab:blue", alpha=0.6)
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set(xlabel="epoch", ylabel="native time / fused time")
+    right.set_ylim(bottom=0)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -6,16 +6,21 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from fastcls import recipes
-from fastcls.data import data_root
+from fastcls import distributed, recipes
+from fastcls.config import Config
+from fastcls.data import Data
+from fastcls.datasets import data_root
+from fastcls.distributed import Share
 from fastcls.errors import UserError, import_extra
-from fastcls.train import Config, Trainer
+from fastcls.summary import Outcome, table_row
+from fastcls.train import Trainer
 
 # What a resumed run may change: how long and with which layers (they share all parameters).
 CHANGEABLE = ("epochs", "layers")
@@ -26,7 +31,8 @@ class RunFolder:
 
     ``config.json``: the recipe and its settings. ``metrics.jsonl``: one object per epoch.
     ``steps.jsonl``: one object per training step, ``step`` counting from 1. ``last.pt`` and
-    ``best.pt``: checkpoints. ``curves.png`` and ``predictions.png``: pictures.
+    ``best.pt``: checkpoints. ``summary.json``: the figures of the best model on the test images.
+    The rest are pictures.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -36,8 +42,7 @@ class RunFolder:
         self.steps = self.path / "steps.jsonl"
         self.last = self.path / "last.pt"
         self.best = self.path / "best.pt"
-        self.curves = self.path / "curves.png"
-        self.predictions = self.path / "predictions.png"
+        self.summary = self.path / "summary.json"
 
     def is_used(self) -> bool:
         return self.config.exists() or self.holds_results()
@@ -47,8 +52,7 @@ class RunFolder:
 
     def write_config(self, recipe: str, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"recipe": recipe} | asdict(config), indent=2) + "\n"
-        write_atomically(self.config, lambda path: path.write_text(text))
+        write_json(self.config, {"recipe": recipe} | asdict(config))
 
     def read_config(self) -> dict:
         try:
@@ -83,6 +87,14 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     with new.open("rb") as written:
         os.fsync(written.fileno())
     os.replace(new, file)
+    folder = os.open(file.parent, os.O_RDONLY)  # the new name must outlive a power cut too
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(file: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(file, lambda path: path.write_text(text))
 
 
 def save_checkpoint(file: Path, state: dict) -> None:
@@ -136,9 +148,12 @@ def run(
     data: str | os.PathLike | None = None,
     device: str = "cpu",
     resume: bool = False,
+    tensorboard: bool = False,
     **changes,
 ) -> bool:
     """Train a recipe into the folder ``out``, with a progress bar and a table of the epochs.
+
+    Under ``torchrun`` the processes share each batch, and one of them writes and prints.
 
     Args:
         recipe: a name out of ``recipes.names()``.
@@ -146,6 +161,7 @@ def run(
         data: the folder of the data sets; default ``$FASTCLS_DATA``, else ~/.cache/fastcls.
         device: default ``"cpu"``.
         resume: continue the run in ``out`` to the numbers it would have come to uninterrupted.
+        tensorboard: write the figures of the epochs for TensorBoard too.
         changes: settings that differ from the recipe's ``Config``.
 
     Returns:
@@ -154,115 +170,166 @@ def run(
     Raises:
         UserError: something that the user can put right.
     """
-    from fastcls import plots  # needs an extra: better known now than after the training
-
-    import_extra("tqdm")
-    folder, module, device = RunFolder(out), recipes.get(recipe), torch.device(device)
+    # Needed at the end: better known now than after the training.
+    for extra in ("tqdm", "matplotlib"):
+        import_extra(extra)
+    if tensorboard:
+        import_extra("tensorboard", "tensorboard")
+    share, device = distributed.join(device)
+    folder, module = RunFolder(out), recipes.get(recipe)
     config = configure(recipe, folder, resume, changes)
-    trainer = Trainer(module, config, module.load_data(config, data_root(data), device), device)
-    folder.write_config(recipe, config)
-    if folder.holds_results():
+    begun = folder.holds_results()
+    loaded = _load_in_turn(module, config, data_root(data), share)
+    writes = share.rank == 0
+    trainer = Trainer(module, config, loaded, device, share, print if writes else lambda text: None)
+    if begun:
         trainer.load_state_dict(load_checkpoint(folder.last, device))
-        folder.keep_records(trainer.epoch, trainer.epoch * len(trainer.data.train))
-    else:
-        save_checkpoint(folder.last, trainer.state_dict())
-    print(
-        f"{recipe}: {config.layers} layers on {device}, {len(trainer.data.train.labels)} images "
-        f"to train on, {len(trainer.data.test.labels)} to test with",
-        flush=True,
-    )
-    finished = _train(trainer, folder)
-    if finished:
-        _conclude(trainer, folder, plots)
-    else:
+    records = Records(folder, trainer, tensorboard) if writes else None
+    state = trainer.state_dict()
+    if writes:
+        folder.write_config(recipe, config)
+        if begun:
+            folder.keep_records(trainer.epoch, trainer.epoch * len(trainer.data.train))
+        else:
+            save_checkpoint(folder.last, state)
+        print(
+            f"{recipe}: {config.layers} layers on {device}"
+            f"{f' x {share.world}' if share.world > 1 else ''}, "
+            f"{len(trainer.data.train.labels)} images to train on, "
+            f"{len(trainer.data.test.labels)} to test with",
+            flush=True,
+        )
+    finished = _train(trainer, records)
+    if writes and finished:
+        _conclude(trainer, folder, getattr(module, "STRIP", 0))
+    elif writes:
         print(f"stopped and saved; continue with: fastcls train {recipe} --resume --out {out}")
+    distributed.leave()
     return finished
 
 
-def _train(trainer: Trainer, folder: RunFolder) -> bool:
-    """Train all epochs that are left; False if Ctrl-C came."""
-    train, epochs = trainer.data.train, trainer.config.epochs
-    images = len(train.labels)
-    bar = import_extra("tqdm").tqdm(
-        total=epochs * images,
-        initial=trainer.epoch * images + trainer.step * train.batch_size,
-        unit=" images",
-        unit_scale=True,
-        disable=None,  # where nobody watches
-    )
-    with bar, ctrl_c() as stop:
-        for metrics in trainer.history:
-            _show(bar, metrics)
-        while trainer.epoch < epochs:
-            bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
-            if not trainer.train_epoch(stop, bar.update):
-                save_checkpoint(folder.last, trainer.state_dict())
+def _load_in_turn(module, config: Config, root: Path, share: Share) -> Data:
+    """The recipe's data; what is missing is downloaded by the first process alone."""
+    if share.rank > 0:
+        torch.distributed.barrier()
+    loaded = module.load_data(config, root)
+    if share.rank == 0 and share.world > 1:
+        torch.distributed.barrier()
+    return loaded
+
+
+class Records:
+    """Writes what a run computes to its folder."""
+
+    def __init__(self, folder: RunFolder, trainer: Trainer, tensorboard: bool):
+        self.folder, self.trainer, self.board = folder, trainer, None
+        if tensorboard:
+            writer = import_extra("torch.utils.tensorboard").SummaryWriter
+            self.board = writer(folder.path, purge_step=trainer.epoch + 1)
+
+    def epoch(self, metrics: dict, losses: list[float], state: dict) -> None:
+        """Record an epoch and save; the checkpoint comes last, so no record can be missing."""
+        before = (metrics["epoch"] - 1) * len(losses)
+        append_records(
+            self.folder.steps,
+            ({"step": before + i, "loss": loss} for i, loss in enumerate(losses, start=1)),
+        )
+        append_records(self.folder.metrics, [metrics])
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["epoch"])
+            self.board.flush()
+        if self.trainer.best_epoch() is metrics:
+            kept = ("recipe", "config", "classes", "input", "model", "history")
+            save_checkpoint(self.folder.best, {name: state[name] for name in kept})
+        save_checkpoint(self.folder.last, state)
+
+
+def _train(trainer: Trainer, records: Records | None) -> bool:
+    """Train all epochs that are left; False if Ctrl-C came. Without ``records`` nothing is shown
+    or written."""
+    epochs, share = trainer.config.epochs, trainer.share
+    with _Progress(trainer, shown=records is not None) as progress, ctrl_c() as pressed:
+        # A process that stopped alone would leave the others waiting for its gradients.
+        stop = pressed if share.world == 1 else lambda: distributed.agreed(pressed(), share)
+        while not trainer.is_finished():
+            progress.bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
+            if not trainer.train_epoch(stop, progress.update):
+                state = trainer.state_dict()
+                if records is not None:
+                    save_checkpoint(records.folder.last, state)
                 return False
-            _show(bar, _close_epoch(trainer, folder))
-            if stop() and trainer.epoch < epochs:
+            metrics, losses = trainer.finish_epoch()
+            state = trainer.state_dict()
+            if records is not None:
+                records.epoch(metrics, losses, state)
+            progress.show(metrics)
+            if stop() and not trainer.is_finished():
                 return False
     return True
 
 
-def _show(bar, metrics: dict) -> None:
-    """An epoch's row above the bar, and its main figures in the bar."""
-    bar.write(table_row(metrics, header=metrics["epoch"] == 1))
-    sys.stdout.flush()  # a log file shall grow by the epoch too
-    bar.set_postfix(
-        loss=f"{metrics['train_loss']:.4f}",
-        test=f"{metrics['test_accuracy']:.2%}",
-        refresh=False,
-    )
+class _Progress:
+    """The bar of a run, with the table of its epochs above."""
+
+    def __init__(self, trainer: Trainer, shown: bool):
+        self.trainer, self.shown, self.next_loss = trainer, shown, 0.0
+        train = trainer.data.train
+        self.bar = import_extra("tqdm").tqdm(
+            total=trainer.config.epochs * len(train.labels),
+            initial=trainer.epoch * len(train.labels) + trainer.step * train.batch_size,
+            unit=" images",
+            unit_scale=True,
+            disable=None if shown else True,  # None: where nobody watches
+        )
+
+    def __enter__(self) -> "_Progress":
+        for metrics in self.trainer.history:
+            self.show(metrics)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def update(self, images: int) -> None:
+        self.bar.update(images)
+        # Reading the loss waits for the device: once a second, and only for who watches.
+        if not self.bar.disable and time.monotonic() > self.next_loss:
+            self.next_loss = time.monotonic() + 1
+            self.bar.set_postfix_str(f"loss {self.trainer.recent_loss():.4f}", refresh=False)
+
+    def show(self, metrics: dict) -> None:
+        """An epoch's row above the bar."""
+        if self.shown:
+            self.bar.write(table_row(metrics, header=metrics["epoch"] == 1))
+            sys.stdout.flush()  # a log file shall grow by the epoch too
 
 
-def _close_epoch(trainer: Trainer, folder: RunFolder) -> dict:
-    """Evaluate, record and save; the checkpoint comes last, so no record can be missing."""
-    metrics, losses = trainer.finish_epoch()
-    before = (trainer.epoch - 1) * len(losses)
-    append_records(
-        folder.steps,
-        ({"step": before + i, "loss": loss} for i, loss in enumerate(losses, start=1)),
-    )
-    append_records(folder.metrics, [metrics])
-    state = trainer.state_dict()
-    if trainer.best_epoch() is metrics:
-        save_checkpoint(folder.best, {k: state[k] for k in ("config", "model", "history")})
-    save_checkpoint(folder.last, state)
-    return metrics
-
-
-def _conclude(trainer: Trainer, folder: RunFolder, plots) -> None:
+def _conclude(trainer: Trainer, folder: RunFolder, strip: int) -> None:
     """Reload the best model, tell its test figures and draw the pictures."""
-    best, test = trainer.best_epoch(), trainer.data.test
+    from fastcls import plots  # matplotlib takes its time
+
+    best, classes = trainer.best_epoch(), trainer.data.classes
     trainer.model.load_state_dict(load_checkpoint(folder.best, trainer.device)["model"])
+    test = trainer.data.test.to(trainer.device)  # all of it in this process
+    outcome = Outcome(*trainer.predict(test), trainer.data.train.labels, classes)
+    write_json(folder.summary, {"best_epoch": best["epoch"], **outcome.figures()})
     losses = [record["loss"] for record in read_records(folder.steps)]
-    plots.curves(trainer.history, losses, folder.curves)
-    predicted = trainer.predict(test).argmax(1)
-    plots.predictions(test.images, test.labels, predicted, trainer.data.classes, folder.predictions)
-    hits = (predicted == test.labels).sum().item()
+    plots.curves(trainer.history, losses, folder.path / "curves.png")
+    images, truth = test.first(20)
+    predicted = outcome.predicted[:20]
+    plots.predictions(images, truth, predicted, classes, folder.path / "predictions.png")
+    if strip:
+        part = (t[:strip] for t in (images, truth, predicted))
+        plots.strip(*part, classes, folder.path / "strip.png")
+    plots.confusion(outcome.confusion(), classes, folder.path / "confusion.png")
+    plots.class_accuracy(outcome.per_class(), folder.path / "classes.png")
     chosen_by = "validation" if trainer.data.val is not None else "test"
-    print(
-        f"best epoch by {chosen_by} loss: {best['epoch']}\n"
-        f"test loss {best['test_loss']:.4f}, "
-        f"accuracy {hits / len(predicted):.2%} ({hits} of {len(predicted)})\n"
-        f"files in {folder.path}"
-    )
-
-
-def table_row(metrics: dict, header: bool = False) -> str:
-    """One epoch's figures in columns, below their names where ``header`` is true."""
-    cells = {name.replace("_", " "): _cell(name, value) for name, value in metrics.items()}
-    cells["images/s"] = cells.pop("images per second")
-    row = "  ".join(f"{cell:>{len(name)}}" for name, cell in cells.items())
-    return "  ".join(cells) + "\n" + row if header else row
-
-
-def _cell(name: str, value: float) -> str:
-    if name.endswith("accuracy"):
-        return f"{value:.2%}"
-    if name.endswith("loss"):
-        return f"{value:.4f}"
-    return f"{value:.1f}" if name == "seconds" else f"{value:.0f}"
+    if trainer.epoch < trainer.config.epochs:
+        print(f"stopped early: {trainer.config.patience} epochs without a better one")
+    print(f"best epoch by {chosen_by} loss: {best['epoch']}")
+    print(outcome.text())
+    print(f"files in {folder.path}")
 
 
 @contextlib.contextmanager

@@ -3,69 +3,17 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import ModuleType
 
 import torch
 
+from fastcls import distributed
+from fastcls.config import Config, make_optimizer
 from fastcls.data import Batches, Data
-from fastcls.errors import UserError
+from fastcls.distributed import ALONE, Share
+from fastcls.graphs import GraphedStep
 from fastcls.models import LAYERS
-
-
-@dataclass(kw_only=True)
-class Config:
-    """What a run computes: the same settings give the same numbers.
-
-    A recipe's own ``Config`` sets the defaults that have none here and adds fields of its own.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: str = "sgd"
-    momentum: float = 0.9  # of "sgd" alone
-    schedule: str = "constant"
-    shuffle: bool = True
-    layers: str = "fused"
-    amp: bool = False  # float16 on CUDA, bfloat16 on the CPU
-    channels_last: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("layers", LAYERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
-                )
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr must be a positive number, got {self.lr}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be in 0..2**32 - 1, got {self.seed}")
-
-
-def _one_cycle(part: float) -> float:
-    """Up in a line over the first 30 %, then down along a half cosine to nothing."""
-    return part / 0.3 if part < 0.3 else (1 + math.cos(math.pi * (part - 0.3) / 0.7)) / 2
-
-
-# The factor on ``lr`` as a function of the part of all steps done, 0 < part <= 1.
-SCHEDULES = {"constant": lambda part: 1.0, "one-cycle": _one_cycle}
-
-# Fused: one kernel for all parameters, which also takes GradScaler's verdict without a sync.
-OPTIMIZERS = {
-    "sgd": lambda parameters, c: torch.optim.SGD(
-        parameters, lr=c.lr, momentum=c.momentum, fused=True
-    ),
-    "adam": lambda parameters, c: torch.optim.Adam(parameters, lr=c.lr, fused=True),
-}
 
 
 class Trainer:
@@ -74,8 +22,10 @@ class Trainer:
     Args:
         recipe: a module of ``fastcls.recipes``.
         config: its settings.
-        data: its batches, on ``device``.
+        data: its batches; they move to ``device``.
         device: where the model goes.
+        share: the part of each batch that this process takes; default all of it.
+        tell: told in a sentence what the user should know of; default ``print``.
 
     Attributes:
         epoch: epochs finished.
@@ -83,16 +33,30 @@ class Trainer:
         history: one dict of metrics per finished epoch.
     """
 
-    def __init__(self, recipe: ModuleType, config: Config, data: Data, device: torch.device):
+    def __init__(
+        self,
+        recipe: ModuleType,
+        config: Config,
+        data: Data,
+        device: torch.device,
+        share: Share = ALONE,
+        tell: Callable[[str], None] = print,
+    ):
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic = True
-        self.config, self.data, self.device = config, data, device
+        self.recipe = recipe.__name__.rpartition(".")[2].replace("_", "-")
+        self.config, self.device, self.share = config, device, share
+        self.data = data.to(device, share)
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
-        self.model = recipe.build_model(config).to(device, memory_format=self.memory_format)
-        self.criterion = LAYERS[config.layers].cross_entropy()
-        self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
+        model = recipe.build_model(config, len(data.classes))
+        self.model = model.to(device, memory_format=self.memory_format)
+        self._trained, self._batch = self.model, None
+        if share.world > 1:
+            self._trained, self._batch = distributed.spread(self.model, share, device)
+        self.loss_and_hits = LAYERS[config.layers].cross_entropy_with_hits
+        self.optimizer = make_optimizer(self.model, config, device)
         # bfloat16 has float32's range: only float16, on CUDA, needs its loss scaled.
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=config.amp and device.type == "cuda"
@@ -103,6 +67,15 @@ class Trainer:
         # Filled on the device, read once per epoch: a read per step would wait for the device.
         self.losses = torch.zeros(len(data.train), device=device)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._run_step = self._graphed(tell) or self._compute
+
+    def _graphed(self, tell: Callable[[str], None]) -> GraphedStep | None:
+        if not self._on_cuda or not self.config.cuda_graph:
+            return None
+        if self.share.world > 1:
+            tell("steps run without a CUDA graph: several processes share them")
+            return None
+        return GraphedStep(self._compute, self.optimizer, tell)
 
     def train_epoch(
         self,
@@ -119,10 +92,10 @@ class Trainer:
             Whether the end of the epoch was reached.
         """
         start = time.perf_counter()
-        self.model.train()
+        self._trained.train()
         for images, labels in self.data.train.epoch(self.epoch, self.step):
             self.train_step(images, labels)
-            progress(len(labels))
+            progress(self.data.train.size(self.step - 1))
             if stop():
                 break
         self.hits.item()  # waits for the device, so that the clock reads the work done
@@ -130,18 +103,43 @@ class Trainer:
         return self.step == len(self.data.train)
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One step on images float32 [B, C, H, W] and labels int64 [B]; waits for nothing."""
+        """One step on images float32 [B, C, H, W] and labels int64 [B]; waits for nothing.
+
+        They are this process's share of the batch at ``step``.
+        """
         self._set_lr()
+        if self._batch is not None:
+            self._batch.size = self.data.train.size(self.step)
+        loss = self._run_step(images.contiguous(memory_format=self.memory_format), labels)
+        self.losses[self.step] = loss
+        self.step += 1
+
+    def _compute(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The step on the device; returns this process's part of the batch's loss."""
         self.optimizer.zero_grad()
         with self._autocast():
-            logits = self.model(images.contiguous(memory_format=self.memory_format))
-            loss = self.criterion(logits, labels)
-        self.scaler.scale(loss).backward()
+            logits = self._trained(images)
+            loss, hits = self.loss_and_hits(
+                logits,
+                labels,
+                reduction="mean" if self._batch is None else "sum",
+                label_smoothing=self.config.label_smoothing,
+            )
+        if self._batch is not None:
+            loss = loss / self._batch.size
+        # The gradients of the processes are averaged, but the whole loss is the sum of theirs.
+        self.scaler.scale(loss * self.share.world if self.share.world > 1 else loss).backward()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.losses[self.step] = loss.detach()
-        self.hits += (logits.detach().argmax(1) == labels).sum()
-        self.step += 1
+        self.hits += hits
+        return loss.detach()
+
+    def recent_loss(self, steps: int = 50) -> float:
+        """Mean loss of the last steps of the running epoch; waits for the device."""
+        return self.losses[max(0, self.step - steps) : self.step].mean().item() * self.share.world
 
     def finish_epoch(self) -> tuple[dict, list[float]]:
         """Evaluate and close the epoch.
@@ -151,13 +149,13 @@ class Trainer:
             training figures are those seen while training, dropout included; ``seconds`` and
             ``images_per_second`` are of the training steps alone.
         """
-        train, losses = self.data.train, self.losses.tolist()
+        train, losses = self.data.train, self.share.sum(self.losses.clone()).tolist()
         images = len(train.labels)
-        sizes = [min(train.batch_size, images - i * train.batch_size) for i in range(len(train))]
+        weighted = (train.size(i) * loss for i, loss in enumerate(losses))
         metrics = {
             "epoch": self.epoch + 1,
-            "train_loss": sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / images,
-            "train_accuracy": self.hits.item() / images,
+            "train_loss": sum(weighted) / images,
+            "train_accuracy": self.share.sum(self.hits.clone()).item() / images,
         }
         for name, batches in (("val", self.data.val), ("test", self.data.test)):
             if batches is not None:
@@ -172,21 +170,23 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self, batches: Batches) -> tuple[float, float]:
         """Mean loss and accuracy (a fraction) over all of ``batches``, without dropout."""
-        logits = self.predict(batches)
-        loss = self.criterion(logits, batches.labels)
-        hits = logits.argmax(1) == batches.labels
-        return loss.item(), hits.double().mean().item()
+        logits, labels = self.predict(batches)
+        # Plain cross-entropy: smoothing is a means of training, not a measure.
+        loss, hits = self.loss_and_hits(logits, labels, reduction="sum")
+        sums = self.share.sum(torch.stack([loss.double(), hits.double()]))
+        loss, hits = (sums / len(batches.labels)).tolist()
+        return loss, hits
 
     @torch.inference_mode()
-    def predict(self, batches: Batches) -> torch.Tensor:
-        """Logits float32 [N, classes] of all images, in their order."""
+    def predict(self, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits float32 [N, classes] and labels int64 [N] of this process's share."""
         self.model.eval()
-        with self._autocast():
-            logits = [
-                self.model(images.contiguous(memory_format=self.memory_format))
-                for images, _ in batches.epoch()
-            ]
-        return torch.cat(logits).float()
+        logits, labels = [], []
+        for images, truth in batches.epoch():
+            with self._autocast():
+                logits.append(self.model(images.contiguous(memory_format=self.memory_format)))
+            labels.append(truth)
+        return torch.cat(logits).float(), torch.cat(labels)
 
     def best_epoch(self) -> dict:
         """The metrics of the epoch of the least validation loss, or test loss without one."""
@@ -194,10 +194,25 @@ class Trainer:
         # The first epoch wins where every loss is nan.
         return min(self.history, key=lambda m: math.inf if math.isnan(m[key]) else m[key])
 
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, or ``patience`` of them brought nothing better."""
+        if self.epoch >= self.config.epochs:
+            return True
+        patience = self.config.patience
+        return bool(
+            patience and self.history and self.epoch - self.best_epoch()["epoch"] >= patience
+        )
+
     def state_dict(self) -> dict:
-        """All that the numbers to come depend on: tensors and plain Python values."""
+        """All that the numbers to come depend on: tensors and plain Python values.
+
+        Every process must call it; they all get the same.
+        """
         return {
+            "recipe": self.recipe,
             "config": asdict(self.config),
+            "classes": self.data.classes,
+            "input": asdict(self.data.train.input),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -207,8 +222,8 @@ class Trainer:
             },
             "epoch": self.epoch,
             "step": self.step,
-            "losses": self.losses,
-            "hits": self.hits,
+            "losses": self.share.sum(self.losses.clone()),
+            "hits": self.share.sum(self.hits.clone()),
             "seconds": self.seconds,
             "history": self.history,
         }
@@ -216,15 +231,19 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Continue from ``state``, whichever device it was saved on."""
         self.model.load_state_dict(state["model"])
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr  # a number or a tensor, as this device has it; set by each step
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self._on_cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.history = state["seconds"], state["history"]
-        self.losses.copy_(state["losses"])
-        self.hits.copy_(state["hits"])
+        if self.share.rank == 0:  # they are sums over all processes
+            self.losses.copy_(state["losses"])
+            self.hits.copy_(state["hits"])
 
     @property
     def _on_cuda(self) -> bool:
@@ -237,6 +256,9 @@ class Trainer:
     def _set_lr(self) -> None:
         # A function of the step alone: nothing to save, and no order to get wrong.
         steps = len(self.data.train)
-        part = (self.epoch * steps + self.step + 1) / (self.config.epochs * steps)
+        lr = self.config.lr_at((self.epoch * steps + self.step + 1) / (self.config.epochs * steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * SCHEDULES[self.config.schedule](part)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

@@ -43,7 +43,9 @@ def test_trains_and_tells(tmp_path, capsys):
 
 
 def test_unknown_recipe_lists_all(capsys):
-    assert "cifar-cnn, digits, mnist-cnn" in error_of(capsys, "train", "imagenet")
+    assert "caltech-transfer, cifar-cnn, digits, fashion-softmax, mnist-cnn" in error_of(
+        capsys, "train", "imagenet"
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,7 @@ def test_unknown_recipe_lists_all(capsys):
         (["train", "digits", "--epochs", "many"], "--epochs"),
         (["train", "digits", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "digits", "--layers", "fussed"], "fussed"),
+        (["train", "digits", "--weights", "none"], "recipe digits has no --weights"),
         (["train", "digits", "--threads", "0"], "--threads must be at least 1"),
         (["train", "digits", "--resume"], "--resume needs --out"),
         (["train", "digits", "--device", "tpu"], "--device must be"),

@@ -1,11 +1,13 @@
 """Batches from memory: values, order, splits, and what a user is told about missing data."""
 
-import struct
-
 import pytest
 import torch
+from recipe_helpers import write_mnist
 
-from fastcls.data import Batches, ImageSet, data_root, digits, split, torchvision_set
+from fastcls.augment import RandomAffine
+from fastcls.data import ImageSet, Input, MemoryBatches, digits, split
+from fastcls.datasets import data_root, torchvision_set
+from fastcls.distributed import Share
 from fastcls.errors import UserError
 
 
@@ -14,22 +16,13 @@ def image_set(n, channels=1, size=4):
     return images, torch.arange(n)
 
 
+def batches_of(images, labels, batch_size, mean=None, std=None, **options):
+    _, channels, size, _ = images.shape
+    return MemoryBatches(images, labels, batch_size, Input(channels, size, mean, std), **options)
+
+
 def labels_of(batches, *epoch):
     return torch.cat([labels for _, labels in batches.epoch(*epoch)])
-
-
-def write_mnist(root, n=6):
-    """A data set in MNIST's format; returns its pixels and labels."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8)
-    labels = torch.arange(n, dtype=torch.uint8)
-    for part in ("train", "t10k"):
-        header = struct.pack(">4i", 0x803, n, 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
-        header = struct.pack(">2i", 0x801, n)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.numpy().tobytes())
-    return pixels, labels
 
 
 @pytest.mark.parametrize("mean, std", [(None, None), ([0.5], [0.5]), ([0.1, 0.2, 0.3], [0.3] * 3)])
@@ -39,7 +32,7 @@ def test_equals_to_tensor_and_normalize(mean, std):
     expected = [transforms.ToTensor()(image.permute(1, 2, 0).numpy()) for image in images]
     if mean is not None:
         expected = [transforms.Normalize(mean, std)(image) for image in expected]
-    batches = Batches(images, labels, 3, mean=mean, std=std)
+    batches = batches_of(images, labels, 3, mean=mean, std=std)
     got = torch.cat([batch for batch, _ in batches.epoch()])
     assert got.dtype == torch.float32
     assert torch.equal(got, torch.stack(expected))
@@ -48,7 +41,7 @@ def test_equals_to_tensor_and_normalize(mean, std):
 def test_reading_leaves_the_images_alone():
     images, labels = image_set(5)
     before = images.clone()
-    for batch, _ in Batches(images, labels, 2, mean=[0.5], std=[0.5]).epoch():
+    for batch, _ in batches_of(images, labels, 2, mean=[0.5], std=[0.5]).epoch():
         batch.zero_()
     assert torch.equal(images, before)
 
@@ -56,7 +49,7 @@ def test_reading_leaves_the_images_alone():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_image_once_with_its_label(shuffle):
     images = torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1)
-    batches = Batches(images, torch.arange(11), 4, shuffle=shuffle)
+    batches = batches_of(images, torch.arange(11), 4, shuffle=shuffle)
     parts = list(batches.epoch())
     assert [len(labels) for _, labels in parts] == [4, 4, 3]
     assert len(batches) == 3
@@ -67,22 +60,22 @@ def test_every_image_once_with_its_label(shuffle):
 
 def test_order_is_a_function_of_seed_and_epoch():
     images = image_set(50)
-    first, again, other = (Batches(*images, 8, shuffle=True, seed=s) for s in (1, 1, 2))
+    first, again, other = (batches_of(*images, 8, shuffle=True, seed=s) for s in (1, 1, 2))
     assert torch.equal(labels_of(first, 3), labels_of(again, 3))
     assert not torch.equal(labels_of(first, 3), labels_of(first, 4))
     assert not torch.equal(labels_of(first, 3), labels_of(other, 3))
-    assert torch.equal(labels_of(Batches(*images, 8), 3), torch.arange(50))
+    assert torch.equal(labels_of(batches_of(*images, 8), 3), torch.arange(50))
 
 
 def test_shuffling_leaves_the_global_generator_alone():
-    batches = Batches(*image_set(9), 2, shuffle=True)
+    batches = batches_of(*image_set(9), 2, shuffle=True)
     state = torch.get_rng_state()
     list(batches.epoch(1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_start_continues_an_epoch():
-    batches = Batches(*image_set(20), 3, shuffle=True)
+    batches = batches_of(*image_set(20), 3, shuffle=True)
     assert torch.equal(labels_of(batches, 2, 4), labels_of(batches, 2)[12:])
 
 
@@ -168,5 +161,55 @@ def test_damaged_data_is_named(tmp_path):
     write_mnist(tmp_path)
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"MNIST in .* is damaged"):
+    with pytest.raises(
+        UserError, match=r"MNIST in .* is damaged: train-images-idx3-ubyte \(\d+ bytes, expected"
+    ):
         torchvision_set("MNIST", tmp_path)
+
+
+def test_shares_of_a_batch_make_the_batch():
+    images = image_set(23)
+    whole = batches_of(*images, 5, shuffle=True, augment=RandomAffine(10, 0.1))
+    parts = [batches_of(*images, 5, shuffle=True, augment=RandomAffine(10, 0.1)) for _ in range(3)]
+    for rank, part in enumerate(parts):
+        part.to(torch.device("cpu"), Share(rank, 3))
+    for (x, labels), *shares in zip(whole.epoch(2), *(p.epoch(2) for p in parts), strict=True):
+        for rank, (share, share_labels) in enumerate(shares):
+            assert torch.equal(share, x[rank::3])
+            assert torch.equal(share_labels, labels[rank::3])
+
+
+def test_augmentation_turns_and_shifts():
+    x = torch.rand(1, 2, 6, 6)
+    nothing = RandomAffine(30, 0.5)(x, torch.zeros(1, 3))
+    torch.testing.assert_close(nothing, x)
+    quarter = RandomAffine(degrees=90)(x, torch.tensor([[1.0, 0, 0]]))
+    torch.testing.assert_close(quarter, x.rot90(dims=(2, 3)), atol=1e-5, rtol=0)
+    shifted = RandomAffine(shift=0.5)(x, torch.tensor([[0.0, 1, 0]]))  # by half of the width
+    expected = torch.cat([x[..., 3:], torch.zeros(1, 2, 6, 3)], 3)
+    torch.testing.assert_close(shifted, expected, atol=1e-5, rtol=0)
+
+
+def test_augmentation_turns_in_pixels_where_images_are_not_square():
+    x = torch.zeros(1, 1, 5, 9)
+    x[..., 2, :] = 1  # a row through the centre becomes a column of the image's height
+    turned = RandomAffine(degrees=90)(x, torch.tensor([[1.0, 0, 0]]))
+    expected = torch.zeros(1, 1, 5, 9)
+    expected[..., :, 4] = 1
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
+
+
+def test_augmentation_is_each_images_own_and_each_epochs():
+    images = torch.randint(0, 256, (1, 1, 9, 9), dtype=torch.uint8).expand(8, 1, 9, 9)
+    batches = batches_of(images, torch.arange(8), 3, augment=RandomAffine(20, 0.2))
+    first, again, next_epoch = (torch.cat([x for x, _ in batches.epoch(n)]) for n in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert len({tuple(x.flatten().tolist()) for x in torch.cat([first, next_epoch])}) == 16
+    assert torch.equal(next(batches.epoch(0, start=2))[0], first[6:])
+
+
+def test_prepare_makes_what_the_model_takes():
+    image = pytest.importorskip("PIL.Image").new("RGB", (80, 40), "white")
+    for channels in (1, 3):
+        x = Input(channels, 28).prepare(image)
+        assert x.shape == (channels, 28, 28) and x.dtype == torch.uint8 and x.min() == 255

@@ -3,10 +3,32 @@
 import pytest
 import torch
 
-from fastcls.models import CifarCnn, DigitsCnn, MnistCnn
+from fastcls.errors import UserError
+from fastcls.models import (
+    CifarCnn,
+    DigitsCnn,
+    MnistCnn,
+    MnistDeep,
+    MnistMlp,
+    MnistSpeed,
+    SoftmaxRegression,
+    TransferVgg,
+)
 
-MODELS = [(DigitsCnn, (1, 8, 8)), (MnistCnn, (1, 28, 28)), (CifarCnn, (3, 32, 32))]
-PARAMETERS = {DigitsCnn: 53_002, MnistCnn: 1_199_882, CifarCnn: 230_594}
+MODELS = [
+    (DigitsCnn, (1, 8, 8)),
+    (MnistCnn, (1, 28, 28)),
+    (MnistDeep, (1, 28, 28)),
+    (MnistSpeed, (1, 28, 28)),
+    (CifarCnn, (3, 32, 32)),
+]
+PARAMETERS = {
+    DigitsCnn: 53_002,
+    MnistCnn: 1_199_882,
+    MnistDeep: 987_402,
+    MnistSpeed: 29_322,
+    CifarCnn: 230_594,
+}
 
 
 @pytest.mark.parametrize(("model", "shape"), MODELS)
@@ -42,3 +64,75 @@ def test_one_seed_gives_both_the_same_start(model, shape):
     assert list(states[0]) == list(states[1])
     for fused, native in zip(*(state.values() for state in states), strict=True):
         assert torch.equal(fused, native)
+
+
+@pytest.mark.parametrize(("model", "parameters"), [(MnistMlp, 218_058), (SoftmaxRegression, 7_850)])
+def test_models_of_linear_layers(model, parameters):
+    model = model()
+    assert model(torch.rand(4, 1, 28, 28)).shape == (4, 10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_softmax_regression_starts_near_nothing():
+    model = SoftmaxRegression()
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not model.fc.bias.any()
+
+
+class SmallVgg(torch.nn.Module):
+    """The parts of torchvision's VGG-16, with few channels."""
+
+    def __init__(self, weights=None, init_weights=True):
+        super().__init__()
+        nn = torch.nn
+        chain = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.Conv2d(4, 4, 3, padding=1)]
+        self.features = nn.Sequential(*chain, nn.ReLU(True), nn.MaxPool2d(2, 2))
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        hidden = [nn.Linear(16, 4096), nn.ReLU(True), nn.Dropout(0.5)]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(4096, 1000))
+
+
+@pytest.fixture
+def small_vgg(monkeypatch):
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.setattr(models, "vgg16", SmallVgg)
+
+
+def test_transfer_trains_the_new_layers_only(small_vgg):
+    model = TransferVgg(7)
+    model(torch.rand(2, 3, 16, 16)).square().sum().backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert trained == ["head.0.weight", "head.0.bias", "head.3.weight", "head.3.bias"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n not in trained)
+
+
+def test_transfer_fused_is_native(small_vgg):
+    torch.manual_seed(0)
+    fused = TransferVgg(7, layers="fused").eval()
+    native = TransferVgg(7, layers="native").eval()
+    native.load_state_dict(fused.state_dict())
+    assert "FusedConvBlock" in str(fused) and "FusedConvBlock" not in str(native)
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(fused(images), native(images), rtol=1e-4, atol=1e-6)
+
+
+def test_transfer_takes_weights_from_a_file(small_vgg, tmp_path):
+    vgg = SmallVgg()
+    torch.save(vgg.state_dict(), tmp_path / "vgg.pt")
+    model = TransferVgg(7, str(tmp_path / "vgg.pt"))
+    assert torch.equal(model.features[0].weight, vgg.features[0].weight)
+    assert torch.equal(model.frozen[0].weight, vgg.classifier[0].weight)
+
+
+@pytest.mark.parametrize("content", [None, b"no tensors", {"another": torch.zeros(1)}])
+def test_unfit_weights_are_named(content, small_vgg, tmp_path):
+    file = tmp_path / "vgg.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        torch.save(content, file)
+    with pytest.raises(
+        UserError, match=r"the weights '.*vgg\.pt' of VGG-16 cannot be had"
+    ) as error:
+        TransferVgg(7, str(file))
+    assert "\n" not in str(error.value)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_helpers import SPEEDS, assert_same_numbers, run_child
 
 from fastcls import recipes, runs
+from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.runs import RunFolder, read_records, run
-from fastcls.train import SCHEDULES, Trainer
+from fastcls.train import Trainer
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -22,7 +24,6 @@ pytest.importorskip("tqdm")
 CPU = torch.device("cpu")
 LAYER_NAMES = ("fused", "native")
 METRICS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
-SPEEDS = ["seconds", "images_per_second"]
 BRIEF = {"epochs": 3, "batch_size": 128, "layers": "native"}
 STEPS = 12  # per epoch of a brief run
 
@@ -39,7 +40,7 @@ def one_thread():
 def trainer(recipe="digits", root=Path(), **changes):
     module = recipes.get(recipe)
     config = module.Config(**changes)
-    return Trainer(module, config, module.load_data(config, root, CPU), CPU)
+    return Trainer(module, config, module.load_data(config, root), CPU)
 
 
 def first_losses(trainer, steps):
@@ -47,25 +48,6 @@ def first_losses(trainer, steps):
     for images, labels in islice(trainer.data.train.epoch(), steps):
         trainer.train_step(images, labels)
     return trainer.losses[:steps]
-
-
-def numbers(folder):
-    """Everything a run computed, without the clock's figures."""
-    folder = RunFolder(folder)
-    metrics = [
-        {k: v for k, v in record.items() if k not in SPEEDS}
-        for record in read_records(folder.metrics)
-    ]
-    states = [torch.load(file, weights_only=True)["model"] for file in (folder.last, folder.best)]
-    weights = [tensor for state in states for tensor in state.values()]
-    return metrics, read_records(folder.steps), weights
-
-
-def assert_same_numbers(folder, other):
-    (metrics, steps, weights), (metrics2, steps2, weights2) = numbers(folder), numbers(other)
-    assert metrics == metrics2
-    assert steps == steps2
-    assert all(torch.equal(a, b) for a, b in zip(weights, weights2, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +154,7 @@ def test_validation_chooses_the_best_epoch():
 def test_schedules_stay_between_nothing_and_all(name):
     factors = [SCHEDULES[name](i / 1000) for i in range(1, 1001)]
     assert min(factors) >= 0
-    assert max(factors) == pytest.approx(1, abs=1e-4)
+    assert max(factors) == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +162,13 @@ def test_schedules_stay_between_nothing_and_all(name):
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+        ({"clip_norm": 0.0}, "clip_norm must be a positive number, got 0.0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be in"),
+        ({"schedule": "cosin"}, "schedule must be one of constant, cosine,"),
         ({"lr": math.nan}, "lr must be a positive number, got nan"),
         ({"seed": -1}, "seed must be in"),
-        ({"optimizer": "sdg"}, "optimizer must be one of sgd, adam; got 'sdg'"),
+        ({"optimizer": "sdg"}, "optimizer must be one of sgd, nesterov, adam, adamw; got 'sdg'"),
         ({"layers": "fussed"}, "layers must be one of fused, native; got 'fussed'"),
     ],
 )
@@ -192,8 +178,8 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_run_folder(whole):
-    names = ["best.pt", "config.json", "curves.png", "last.pt", "metrics.jsonl"]
-    names += ["predictions.png", "steps.jsonl"]
+    names = ["best.pt", "classes.png", "config.json", "confusion.png", "curves.png", "last.pt"]
+    names += ["metrics.jsonl", "predictions.png", "steps.jsonl", "summary.json"]
     assert sorted(file.name for file in whole.iterdir()) == names
     metrics = read_records(whole / "metrics.jsonl")
     assert [list(record) for record in metrics] == [METRICS + SPEEDS] * 3
@@ -214,6 +200,93 @@ def test_best_checkpoint_is_of_the_best_epoch(whole):
     assert digits.evaluate(digits.data.test)[0] == min(losses)
 
 
+def test_summary_is_of_the_best_model(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    best = min(read_records(whole / "metrics.jsonl"), key=lambda record: record["test_loss"])
+    assert summary["best_epoch"] == best["epoch"]
+    assert summary["test_loss"] == pytest.approx(best["test_loss"])
+    assert summary["test_accuracy"] == best["test_accuracy"]
+    classes = summary["classes"]
+    assert sum(c["trained"] for c in classes) == 1437
+    assert sum(c["tested"] for c in classes) == 360
+    assert sum(c["right"] for c in classes) == round(360 * best["test_accuracy"])
+
+
+def test_patience_stops_early_and_restores_the_best_weights(tmp_path, capsys):
+    # Steps this large ruin the model from some epoch on.
+    changes = {"epochs": 30, "patience": 2, "lr": 0.08, "schedule": "constant", "batch_size": 64}
+    assert run("digits", tmp_path / "run", **changes)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["test_loss"] for record in records]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 30
+    assert losses[-1] > losses[best]
+    assert "stopped early: 2 epochs without a better one" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_epoch"] == best + 1
+    assert summary["test_loss"] == pytest.approx(losses[best])
+    assert run("digits", tmp_path / "run", resume=True)  # nothing is left to do
+    assert read_records(tmp_path / "run" / "metrics.jsonl") == records
+
+
+def test_clipping_bounds_the_step():
+    clipped, free = (
+        trainer(layers="native", optimizer="sgd", momentum=0.0, lr=1.0, clip_norm=norm)
+        for norm in (0.01, None)
+    )
+    lengths = []
+    for digits in (clipped, free):
+        before = [p.detach().clone() for p in digits.model.parameters()]
+        digits.config.schedule = "constant"
+        first_losses(digits, 1)
+        steps = zip(digits.model.parameters(), before, strict=True)
+        lengths.append(sum((p - b).square().sum() for p, b in steps).sqrt().item())
+    assert lengths[0] == pytest.approx(0.01, rel=1e-3)
+    assert lengths[1] > 0.1
+
+
+def test_smoothing_is_for_training_alone():
+    plain, smoothed = (trainer(layers="native", label_smoothing=s) for s in (0.0, 0.2))
+    assert plain.evaluate(plain.data.test) == smoothed.evaluate(smoothed.data.test)
+    assert not torch.equal(first_losses(plain, 3), first_losses(smoothed, 3))
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run("digits", tmp_path / "run", tensorboard=True, **BRIEF | {"epochs": 1})
+    run("digits", tmp_path / "run", tensorboard=True, resume=True, epochs=2)
+    events = loading.EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("test_loss")]
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert written == [(r["epoch"], pytest.approx(r["test_loss"])) for r in records]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_graphed_steps_give_the_losses_of_plain_ones(optimizer, amp):
+    losses = []
+    for graphed in (False, True):
+        module = recipes.get("digits")
+        changes = {"optimizer": optimizer, "amp": amp, "lr": 0.003, "cuda_graph": graphed}
+        config = module.Config(epochs=2, layers="native", clip_norm=1.0, **changes)
+        told = []
+        digits = Trainer(
+            module, config, module.load_data(config, Path()), torch.device("cuda"), tell=told.append
+        )
+        epochs = []
+        for _ in range(2):  # the second epoch replays after evaluation and an odd last batch
+            digits.train_epoch()
+            epochs += digits.finish_epoch()[1]
+        losses.append(torch.tensor(epochs))
+        assert not told
+        if graphed:
+            assert digits._run_step.graph is not None
+    torch.testing.assert_close(*losses, rtol=1e-3 if amp else 1e-5, atol=1e-5)
+
+
 def test_used_folder_is_refused(whole):
     before = {file: file.read_bytes() for file in whole.iterdir()}
     with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
@@ -221,38 +294,55 @@ def test_used_folder_is_refused(whole):
     assert {file: file.read_bytes() for file in whole.iterdir()} == before
 
 
-def test_resume_after_a_crash_gives_the_same_numbers(whole, tmp_path, monkeypatch):
-    train_step, calls = Trainer.train_step, []
+# Each kills its own process, as a power cut would: no handler, no clean-up.
+KILLS = {
+    "in an epoch": """
+train_step, calls = Trainer.train_step, []
+def killed(self, *batch):
+    calls.append(0)
+    if len(calls) == 17:  # in the second epoch
+        kill()
+    train_step(self, *batch)
+Trainer.train_step = killed
+""",
+    "writing last.pt": """
+save, calls = torch.save, []
+def killed(state, path):
+    save(state, path)
+    if path.name == "last.pt.new":
+        calls.append(0)
+        if len(calls) == 3:  # the first is of the beginning, the second of the first epoch
+            path.write_bytes(path.read_bytes()[:5000])
+            kill()
+torch.save = killed
+""",
+    "writing best.pt": """
+save, calls = torch.save, []
+def killed(state, path):
+    save(state, path)
+    if path.name == "best.pt.new":
+        calls.append(0)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:5000])
+            kill()
+torch.save = killed
+""",
+}
 
-    def crash(self, *batch):
-        calls.append(batch)
-        if len(calls) == STEPS + 5:
-            raise MemoryError
-        train_step(self, *batch)
 
-    monkeypatch.setattr(Trainer, "train_step", crash)
-    with pytest.raises(MemoryError):
-        run("digits", tmp_path / "run", **BRIEF)
-    torch.rand(3)  # whatever happens in between
-    assert run("digits", tmp_path / "run", resume=True)
-    assert_same_numbers(tmp_path / "run", whole)
-
-
-@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
-def test_resume_after_a_crash_while_saving(file, whole, tmp_path, monkeypatch):
-    save, calls = torch.save, []
-
-    def crash(state, path):
-        save(state, path)
-        if path.name == file + ".new":
-            calls.append(path)
-            if len(calls) == 2:
-                path.write_bytes(path.read_bytes()[:1000])
-                raise MemoryError
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(MemoryError):
-        run("digits", tmp_path / "run", **BRIEF)
+@pytest.mark.parametrize("when", KILLS)
+def test_resume_after_kill_9(when, whole, tmp_path):
+    script = (
+        "import os, signal, torch\n"
+        "from fastcls.train import Trainer\n"
+        "from fastcls.runs import run\n"
+        "torch.set_num_threads(1)\n"
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{KILLS[when]}\n"
+        f"run('digits', {str(tmp_path / 'run')!r}, **{BRIEF})\n"
+    )
+    assert run_child("-c", script).returncode == -signal.SIGKILL
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) >= 1
     assert run("digits", tmp_path / "run", resume=True)
     assert_same_numbers(tmp_path / "run", whole)
 

@@ -2,9 +2,9 @@
 
 A recipe ``some-name`` is the module ``some_name.py`` here, which defines
 
-- ``Config``: a subclass of :class:`fastcls.train.Config` whose defaults are the recipe;
-- ``load_data(config, root, device)``: a :class:`fastcls.data.Data`;
-- ``build_model(config)``: a module that maps a batch of images to logits.
+- ``Config``: a subclass of :class:`fastcls.config.Config` whose defaults are the recipe;
+- ``load_data(settings, root)``: a :class:`fastcls.data.Data` out of the folder of the data sets;
+- ``build_model(settings, classes)``: a module that maps a batch of images to logits.
 """
 
 import importlib

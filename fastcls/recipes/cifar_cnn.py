@@ -3,33 +3,29 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from fastcls import train
-from fastcls.data import Data, in_memory, torchvision_set
+from fastcls import config
+from fastcls.data import Data, in_memory
+from fastcls.datasets import torchvision_set
 from fastcls.models import CifarCnn
 
 
 @dataclass(kw_only=True)
-class Config(train.Config):
+class Config(config.Config):
     epochs: int = 8
     batch_size: int = 20
     lr: float = 0.001
     val_fraction: float = 0.2
 
 
-def load_data(config: Config, root: Path, device: torch.device) -> Data:
+def load_data(settings: Config, root: Path) -> Data:
     return in_memory(
         *torchvision_set("CIFAR10", root),
-        device,
-        batch_size=config.batch_size,
-        shuffle=config.shuffle,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
+        settings,
+        val_fraction=settings.val_fraction,
         mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5],
     )
 
 
-def build_model(config: Config) -> CifarCnn:
-    return CifarCnn(config.layers)
+def build_model(settings: Config, classes: int) -> CifarCnn:
+    return CifarCnn(settings.layers)

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from fastcls import train
+from fastcls import config
 from fastcls.data import Data, digits, in_memory
 from fastcls.models import DigitsCnn
 
 
 @dataclass(kw_only=True)
-class Config(train.Config):
+class Config(config.Config):
     epochs: int = 20
     batch_size: int = 32
     optimizer: str = "adam"
@@ -19,17 +17,9 @@ class Config(train.Config):
     schedule: str = "one-cycle"
 
 
-def load_data(config: Config, root: Path, device: torch.device) -> Data:
-    return in_memory(
-        *digits(),
-        device,
-        batch_size=config.batch_size,
-        shuffle=config.shuffle,
-        seed=config.seed,
-        mean=[0.3],
-        std=[0.4],
-    )
+def load_data(settings: Config, root: Path) -> Data:
+    return in_memory(*digits(), settings, mean=[0.3], std=[0.4])
 
 
-def build_model(config: Config) -> DigitsCnn:
-    return DigitsCnn(config.layers)
+def build_model(settings: Config, classes: int) -> DigitsCnn:
+    return DigitsCnn(settings.layers)

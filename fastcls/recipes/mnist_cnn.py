@@ -3,30 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from fastcls import train
-from fastcls.data import Data, in_memory, torchvision_set
+from fastcls import config
+from fastcls.data import Data, in_memory
+from fastcls.datasets import torchvision_set
 from fastcls.models import MnistCnn
 
 
 @dataclass(kw_only=True)
-class Config(train.Config):
+class Config(config.Config):
     epochs: int = 10
     batch_size: int = 512
     lr: float = 0.001
     shuffle: bool = False
 
 
-def load_data(config: Config, root: Path, device: torch.device) -> Data:
-    return in_memory(
-        *torchvision_set("MNIST", root),
-        device,
-        batch_size=config.batch_size,
-        shuffle=config.shuffle,
-        seed=config.seed,
-    )
+def load_data(settings: Config, root: Path) -> Data:
+    return in_memory(*torchvision_set("MNIST", root), settings)
 
 
-def build_model(config: Config) -> MnistCnn:
-    return MnistCnn(config.layers)
+def build_model(settings: Config, classes: int) -> MnistCnn:
+    return MnistCnn(settings.layers)

@@ -1,0 +1,158 @@
+"""Class folders of photos: read, decoded and augmented by worker processes, batch by batch."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastcls.config import Config
+from fastcls.data import Batches, Data, ImageSet, Input, shares_of
+from fastcls.errors import UserError, import_extra
+
+
+def open_image(file: str | os.PathLike, draft: bool = False):
+    """An image of Pillow, decoded and upright; ``draft`` makes it small where that is faster.
+
+    Raises:
+        UserError: the file is absent, no image, or damaged; the message names it.
+    """
+    try:
+        with import_extra("PIL.Image").open(file) as image:
+            if draft:
+                image.draft("RGB", (image.width // 8, image.height // 8))
+            image.load()
+            return import_extra("PIL.ImageOps").exif_transpose(image)  # as a viewer shows it
+    except Exception as error:  # Pillow raises whatever its decoders trip over
+        raise UserError(f"image {Path(file)} cannot be read: {error}") from error
+
+
+def check_images(files: list[str]) -> None:
+    """Decode every image once, JPEG at an eighth of its size: no run starts on damaged ones.
+
+    Raises:
+        UserError: an image is damaged; the message names it.
+    """
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders let other threads run
+        bar = import_extra("tqdm").tqdm(
+            pool.map(lambda file: open_image(file, draft=True), files),
+            "checking images",
+            total=len(files),
+            leave=False,
+            disable=None,
+        )
+        for _ in bar:
+            pass
+
+
+class _Files(torch.utils.data.Dataset):
+    """The prepared image of ``(epoch, index)``, whichever process asks for it."""
+
+    def __init__(self, files: list[str], input: Input, transform, seed: int):
+        self.files, self.input, self.transform, self.seed = files, input, transform, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> torch.Tensor:
+        epoch, index = item
+        image = open_image(self.files[index])
+        if self.transform is None:
+            return self.input.prepare(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            return self.transform(image.convert("RGB"))
+
+
+class FolderBatches(Batches):
+    """Batches that worker processes read from image files, decode and augment.
+
+    Args:
+        files: N image files.
+        labels ... input: as in :class:`Batches`.
+        transform: from an RGB image of Pillow to uint8 [C, size, size], by torch's random numbers
+            alone; None (default): ``input.prepare``.
+        workers: processes; 0 reads in this one. Default 0.
+        order: ``shuffle`` and ``seed``, as in :class:`Batches`.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        labels: torch.Tensor,
+        batch_size: int,
+        input: Input,
+        *,
+        transform=None,
+        workers: int = 0,
+        **order,
+    ):
+        super().__init__(labels, batch_size, input, **order)
+        self.files = _Files(files, input, transform, self.seed)
+        self.workers = workers
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = range(len(self.labels))
+        if self.shuffle:
+            order = torch.randperm(len(self.labels), generator=self._generator(number)).tolist()
+        chosen = [list(order[rows]) for rows in self._rows(start)]
+        loader = torch.utils.data.DataLoader(
+            self.files,
+            batch_sampler=[[(number, index) for index in batch] for batch in chosen],
+            num_workers=min(self.workers, len(chosen)),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or a number for each loader is drawn from torch's own
+        )
+        for batch, images in zip(chosen, loader, strict=True):
+            images = images.to(self.device, non_blocking=True)
+            labels = self.labels[batch].to(self.device, non_blocking=True)
+            yield self._normalise(images / 255), labels
+
+    def first(self, count: int) -> ImageSet:
+        images = [self.files[0, index] for index in range(min(count, len(self.labels)))]
+        return ImageSet(torch.stack(images), self.labels[:count])
+
+
+def class_folders(
+    folder: Path,
+    config: Config,
+    input: Input,
+    *,
+    fractions: tuple[float, float],
+    transform,
+    workers: int,
+) -> Data:
+    """A folder of class folders of photos: parts of ``fractions`` to train and to validate, the
+    rest to test, drawn at random by the seed.
+
+    Args:
+        transform: for the training images; the others get ``input.prepare``.
+
+    Raises:
+        UserError: the folder is absent or holds no class folders with images, or an image is
+            damaged; the message names it.
+    """
+    try:
+        found = import_extra("torchvision.datasets").ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} must hold a folder of images for each class: {error}. "
+            "Point --data or FASTCLS_DATA at the folder that holds it"
+        ) from error
+    files, labels = map(list, zip(*found.samples, strict=True))
+    check_images(files)
+    parts = []
+    for part in shares_of(len(files), fractions, config.seed):
+        training = not parts
+        parts.append(
+            FolderBatches(
+                [files[i] for i in part],
+                torch.tensor(labels)[part],
+                config.batch_size,
+                input,
+                transform=transform if training else None,
+                workers=workers,
+                shuffle=config.shuffle and training,
+                seed=config.seed,
+            )
+        )
+    train, val, test = parts
+    return Data(train, test, found.classes, val)

@@ -1,0 +1,153 @@
+"""``predict``, ``filters``, ``compare``: their numbers against plain PyTorch's, and their files."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastcls import recipes
+from fastcls.cli import main
+from fastcls.compare import Side, take_turns
+from fastcls.data import digits
+from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, filter_photo
+from fastcls.predict import Predictor
+from fastcls.runs import read_records, run
+from fastcls.train import Trainer
+
+Image = pytest.importorskip("PIL.Image")
+for extra in ("matplotlib", "sklearn", "torchvision", "tqdm"):
+    pytest.importorskip(extra)
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    assert run("digits", folder, epochs=2, batch_size=64)
+    return folder
+
+
+def error_of(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", ["fused", "native"])
+def test_predictor_has_the_accuracy_of_the_run(layers, folder):
+    _, test, _ = digits()
+    guesses = Predictor(folder / "best.pt", layers=layers)(test.images)
+    torch.testing.assert_close(guesses.sum(1), torch.ones(len(guesses)))
+    accuracy = (guesses.argmax(1) == test.labels).double().mean().item()
+    assert accuracy == read_records(folder / "metrics.jsonl")[-1]["test_accuracy"]
+
+
+def test_predict_prints_and_draws(folder, tmp_path, capsys):
+    _, test, _ = digits()
+    files = []
+    for i in range(3):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(test.images[i, 0].numpy()).save(files[-1])
+    picture = tmp_path / "top.png"
+    assert main(["predict", str(folder / "last.pt"), *files, "--out", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = Predictor(folder / "last.pt")(test.images[:3])
+    for i, file in enumerate(files):
+        assert lines[6 * i] == file
+        shown = [line.split() for line in lines[6 * i + 1 : 6 * i + 6]]
+        best = expected[i].topk(5)
+        assert [name for name, _ in shown] == [str(n) for n in best.indices.tolist()]
+        assert [text for _, text in shown] == [f"{p:.2%}" for p in best.values.tolist()]
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_predict_names_what_it_cannot_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, text = tmp_path / "image.png", tmp_path / "text.pt"
+    Image.new("L", (8, 8)).save(image)
+    text.write_text("no checkpoint")
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    best = str(folder / "best.pt")
+    assert "text.pt cannot be read" in error_of(capsys, "predict", str(text), str(image))
+    assert "no checkpoint of a run" in error_of(capsys, "predict", "other.pt", str(image))
+    assert "none.png cannot be read" in error_of(capsys, "predict", best, "none.png")
+    assert not (tmp_path / "predict.png").exists()
+
+
+def test_filters_are_convolutions():
+    photo = torch.rand(20, 31)
+    for name, got in filter_photo(photo).items():
+        weight = PHOTO_FILTERS[name]
+        expected = F.conv2d(photo[None, None], weight[None, None], padding="same")[0, 0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    weight = torch.stack(list(LAYER_FILTERS.values()))[:, None]
+    before = F.conv2d(photo[None, None], weight)[0]
+    stages = [before, before.relu(), F.max_pool2d(before.relu(), 2)]
+    for got, expected in zip(activation_maps(photo).values(), stages, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_filters_are_one_edge_in_four_ways():
+    edge, negative, transpose, last = LAYER_FILTERS.values()
+    assert edge.tolist() == [[-1, -1, 1, 1]] * 4
+    assert torch.equal(negative, -edge)
+    assert torch.equal(transpose, edge.T)
+    assert torch.equal(last, -transpose)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_filters_draws_four_pictures(mode, tmp_path, capsys):
+    Image.new(mode, (40, 30)).save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    assert main(["filters", str(tmp_path / "photo.png"), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.split()
+    assert sorted(printed) == sorted(str(file) for file in out.iterdir())
+    assert len(printed) == 4
+    assert all(file.read_bytes().startswith(PNG) for file in out.iterdir())
+
+
+def test_filters_writes_nothing_for_a_missing_photo(tmp_path, capsys):
+    out = tmp_path / "out"
+    message = error_of(capsys, "filters", str(tmp_path / "none.jpg"), "--out", str(out))
+    assert "none.jpg cannot be read" in message
+    assert not out.exists()
+
+
+def test_taking_turns_changes_no_number():
+    module = recipes.get("digits")
+    configs = [module.Config(epochs=2, batch_size=64, layers=name) for name in ("native", "fused")]
+    cpu = torch.device("cpu")
+    sides = [Side(module, config, module.load_data(config, None), cpu) for config in configs]
+    for _ in range(2):
+        take_turns(sides)
+        for side in sides:
+            side.finish_epoch()
+    for config, side in zip(configs, sides, strict=True):
+        alone = Trainer(module, config, module.load_data(config, None), cpu)
+        losses = []
+        for _ in range(2):
+            alone.train_epoch()
+            losses += alone.finish_epoch()[1]
+        assert side.losses == losses
+        assert [len(turns) for turns in side.seconds] == [3, 3, 0]  # 23 steps, 10 in a turn
+
+
+def test_compare_tells_keeps_and_draws(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["compare", "digits", "--seeds", "2", "--epochs", "1", "--batch-size", "256"]
+    command += ["--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "compare.json").read_text())
+    assert [row["seed"] for row in result["seeds"]] == [0, 1]
+    for row in result["seeds"]:
+        assert row["native"]["test_accuracy"] == pytest.approx(
+            row["fused"]["test_accuracy"], abs=0.01
+        )
+    seconds = [[row[side]["seconds"] for row in result["seeds"]] for side in ("native", "fused")]
+    mean = sum(native / fused for native, fused in zip(*seconds, strict=True)) / 2
+    assert f"training: native takes {mean:.2f} ±" in printed
+    assert (out / "compare.png").read_bytes().startswith(PNG)
+    assert "already holds a comparison" in error_of(capsys, *command)
+    assert "--seeds must be at least 1" in error_of(capsys, "compare", "digits", "--seeds", "0")

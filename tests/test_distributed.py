@@ -1,0 +1,49 @@
+"""Several processes that share each batch come to the numbers of one."""
+
+import pytest
+import torch
+from recipe_helpers import run_child, write_mnist
+
+from fastcls.runs import read_records
+
+for extra in ("matplotlib", "torchvision", "tqdm"):
+    pytest.importorskip(extra)
+
+# 117 images in batches of 27 leave a last batch of 9, and shares of different sizes. Adam's first
+# steps would blow rounding up: they divide each gradient by its own size.
+IMAGES, EPOCHS = 117, 2
+OPTIONS = ["--epochs", str(EPOCHS), "--batch-size", "27", "--lr", "0.1", "--clip-norm", "1"]
+OPTIONS += ["--optimizer", "sgd"]
+
+
+def train(folder, processes=1, *options):
+    """mnist-deep: augmentation, dropout and batch normalisation are all in it."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = ["-m", "fastcls", "train", "mnist-deep", "--data", str(folder / "data")]
+    command += ["--device", "cpu", "--threads", "1", "--out", str(folder / f"run{processes}")]
+    child = run_child(*(launcher if processes > 1 else []), *command, *OPTIONS, *options)
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def test_two_processes_come_to_the_losses_of_one(tmp_path):
+    write_mnist(tmp_path / "data", IMAGES)
+    train(tmp_path)
+    printed = train(tmp_path, 2)
+    assert printed.count("files in") == 1  # one process speaks
+    one, two = (tmp_path / f"run{n}" for n in (1, 2))
+    losses, losses2 = (
+        torch.tensor([record["loss"] for record in read_records(folder / "steps.jsonl")])
+        for folder in (one, two)
+    )
+    assert len(losses) == EPOCHS * 5
+    torch.testing.assert_close(losses, losses2, rtol=1e-4, atol=0)
+    for record, record2 in zip(
+        *(read_records(f / "metrics.jsonl") for f in (one, two)), strict=True
+    ):
+        assert record["train_accuracy"] == record2["train_accuracy"]
+        assert record["test_loss"] == pytest.approx(record2["test_loss"], rel=1e-4)
+    models = [torch.load(f / "last.pt", weights_only=True)["model"] for f in (one, two)]
+    assert list(models[0]) == list(models[1])
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,109 @@
+"""Class folders: the same batches whoever reads them, splits, and damaged files named."""
+
+import pytest
+import torch
+
+from fastcls import recipes
+from fastcls.data import Input
+from fastcls.distributed import Share
+from fastcls.errors import UserError
+from fastcls.folders import FolderBatches, check_images, class_folders, open_image
+from fastcls.recipes.caltech_transfer import augmentation
+
+Image = pytest.importorskip("PIL.Image")
+v2 = pytest.importorskip("torchvision.transforms.v2")
+
+INPUT = Input(3, 16, mean=[0.5] * 3, std=[0.5] * 3, resize=20)
+CLASSES = ("ant", "bee", "cat")
+MODES = ("RGB", "L", "RGBA")  # class folders hold grey and transparent pictures too
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name, mode in zip(CLASSES, MODES, strict=True):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            pixels = torch.randint(0, 256, (30 + i, 24, 3), generator=generator).byte()
+            image = Image.fromarray(pixels.numpy()).convert(mode)
+            image.save(tmp_path / name / f"{i}.{'png' if mode == 'RGBA' else 'jpg'}")
+    return tmp_path
+
+
+def random_crop():
+    return v2.Compose([v2.PILToTensor(), v2.RandomCrop(16), v2.ColorJitter(0.5)])
+
+
+def load(folder, **changes):
+    settings = recipes.get("caltech-transfer").Config(batch_size=5, **changes)
+    options = {"fractions": (0.5, 0.25), "transform": random_crop(), "workers": settings.workers}
+    return class_folders(folder, settings, INPUT, **options)
+
+
+def test_split(folder):
+    data = load(folder, workers=0)
+    assert data.classes == list(CLASSES)
+    parts = (data.train, data.val, data.test)
+    assert [len(part.labels) for part in parts] == [12, 6, 6]
+    files = [file for part in parts for file in part.files.files]
+    assert len(set(files)) == 24
+    for part in parts:
+        names = [CLASSES[label] for label in part.labels]
+        assert all(f"/{n}/" in f for n, f in zip(names, part.files.files, strict=True))
+    assert load(folder, workers=0).test.files.files == data.test.files.files
+    assert load(folder, workers=0, seed=1).test.files.files != data.test.files.files
+
+
+def test_workers_change_nothing(folder):
+    alone, helped = (load(folder, workers=n).train for n in (0, 2))
+    for (images, labels), (images2, labels2) in zip(alone.epoch(1), helped.epoch(1), strict=True):
+        assert torch.equal(images, images2)
+        assert torch.equal(labels, labels2)
+
+
+def test_order_and_augmentation_depend_on_epoch_and_image_alone(folder):
+    train = load(folder, workers=0).train
+    state = torch.get_rng_state()
+    whole = list(train.epoch(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [len(labels) for _, labels in whole] == [5, 5, 2]
+    rest = list(train.epoch(3, start=1))
+    assert torch.equal(rest[0][0], whole[1][0])
+    assert not torch.equal(next(train.epoch(4))[0], whole[0][0])
+    halves = [next(train.to(torch.device("cpu"), Share(r, 2)).epoch(3))[0] for r in (0, 1)]
+    assert torch.equal(halves[0], whole[0][0][0::2])
+    assert torch.equal(halves[1], whole[0][0][1::2])
+
+
+def test_evaluation_takes_the_centre(folder):
+    file = folder / "ant" / "0.jpg"
+    expected = v2.Compose(
+        [v2.PILToTensor(), v2.RGB(), v2.Resize(20, antialias=True), v2.CenterCrop(16)]
+    )(Image.open(file))
+    labels = torch.zeros(1, dtype=torch.int64)
+    batches = FolderBatches([str(file)], labels, 1, INPUT)
+    assert torch.equal(batches.first(20).images[0], expected)
+    images, _ = next(batches.epoch())
+    torch.testing.assert_close(images[0], expected / 127.5 - 1)
+
+
+def test_the_recipe_augments_to_what_its_model_takes():
+    x = augmentation()(Image.new("RGB", (300, 200)))
+    assert x.shape == (3, 224, 224) and x.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no image"])
+def test_damaged_image_is_named(damage, folder):
+    file = folder / "bee" / "3.jpg"
+    file.write_bytes(file.read_bytes()[:-200] if damage == "cut short" else b"GIF? no")
+    with pytest.raises(UserError, match=r"image .*bee/3\.jpg cannot be read"):
+        check_images([str(path) for path in folder.rglob("*.*")])
+    with pytest.raises(UserError, match=r"bee/3\.jpg"):
+        open_image(file)
+    with pytest.raises(UserError, match=r"bee/3\.jpg"):
+        load(folder)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere must hold a folder of images for each class"):
+        load(tmp_path / "nowhere")
