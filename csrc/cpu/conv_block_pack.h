@@ -32,10 +32,10 @@ struct Pixels {
   }
 };
 
-// Calls block(c, p, at) for 8 × 8 blocks that cover channels × pixels, at = the offsets of the
-// block's pixels. The last ones of each direction overlap those before. The inner loop goes over
-// pixels: on the side where each channel is a run of memory, only 8 runs are open at a time, which
-// strides of a power of two would otherwise drive out of the cache half written.
+// Calls block(c, p, at) for 8 × 8 blocks that cover channels × pixels, pixels ≥ 8, at = the offsets
+// of the block's pixels. The last ones of each direction overlap those before. The inner loop goes
+// over pixels: on the side where each channel is a run of memory, only 8 runs are open at a time,
+// which strides of a power of two would otherwise drive out of the cache half written.
 template <typename F>
 void for_blocks_8x8(int64_t channels, int64_t pixels, const Pixels& layout, const F& block) {
   for (int64_t c = 0; c < channels; c += 8)
@@ -43,23 +43,27 @@ void for_blocks_8x8(int64_t channels, int64_t pixels, const Pixels& layout, cons
       int64_t at[8];
       const int64_t first = std::min(p, pixels - 8);
       layout.offsets8(first, at);
-      block(std::min(c, channels - 8), first, at);
+      block(std::max<int64_t>(std::min(c, channels - 8), 0), first, at);
     }
 }
 
-// dst[layout.offset(p) + c] = src[c · channel_stride + p]
+// dst[layout.offset(p) + c] = src[c · channel_stride + p]. Fewer than 8 channels are followed by
+// zeros up to 8, in ascending order of pixels: what comes after them is still to be written, or
+// padding.
 template <typename S>
 void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, int64_t pixels,
                         float* dst, const Pixels& layout) {
-  if (channels < 8 || pixels < 8) {
+  if (pixels < 8) {
     for (int64_t p = 0; p < pixels; ++p)
       for (int64_t c = 0, at = layout.offset(p); c < channels; ++c)
         dst[at + c] = static_cast<float>(src[c * channel_stride + p]);
     return;
   }
+  const int rows = std::min<int64_t>(channels, 8);
   for_blocks_8x8(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
     __m256 lanes[8];
-    for (int e = 0; e < 8; ++e) lanes[e] = load8(src + (c + e) * channel_stride + p);
+    for (int e = 0; e < 8; ++e)
+      lanes[e] = e < rows ? load8(src + (c + e) * channel_stride + p) : _mm256_setzero_ps();
     transpose8(lanes);
     for (int e = 0; e < 8; ++e) store8(dst + at[e] + c, lanes[e]);
   });
@@ -69,7 +73,7 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
 template <typename S, typename D>
 void pixels_to_channels(const S* src, const Pixels& layout, int64_t channels, int64_t pixels,
                         D* dst, int64_t channel_stride) {
-  if (channels < 8 || pixels < 8) {
+  if (pixels < 8 || channels < 8) {
     for (int64_t p = 0; p < pixels; ++p)
       for (int64_t c = 0, at = layout.offset(p); c < channels; ++c)
         dst[c * channel_stride + p] = static_cast<D>(static_cast<float>(src[at + c]));
