@@ -19,7 +19,10 @@ def _check_tensor(op, name, value):
 
 
 def _needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def _traced():
@@ -423,7 +426,7 @@ def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothi
     settings = (ignore_index, code, label_smoothing)
     try:
         if not (input.requires_grad and torch.is_grad_enabled()):
-            loss, _, hits = _ops.cross_entropy_forward(
+            loss, _, hits = _ops.cross_entropy_forward.default(
                 input, target, weight, *settings, float_loss, _SAVE_NOTHING, count_hits
             )
             return (loss, hits) if count_hits else loss
@@ -500,7 +503,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, input, call):
         target, weight, settings, float_loss, count_hits = call
         save = _SAVE_GRAD if input.is_cpu and input.dtype != torch.float16 else _SAVE_ROWS
-        loss, saved, hits = _ops.cross_entropy_forward(
+        # The overload itself: finding it among the op's overloads takes as long as a small tensor.
+        loss, saved, hits = _ops.cross_entropy_forward.default(
             input, target, weight, *settings, float_loss, save, count_hits
         )
         ctx.set_materialize_grads(False)
@@ -528,7 +532,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad = _save_again(ctx, _SAVE_GRAD)
         if torch._C._are_functorch_transforms_active():  # grad_loss is a batch of gradients
             return grad * _per_logit(grad_loss), None
-        if grad.is_cpu and grad_loss.dim() == 0:
+        if type(grad_loss) is torch.Tensor and grad_loss.is_cpu and grad_loss.dim() == 0:
             scale = grad_loss.item()
             if scale == 1:
                 return grad, None

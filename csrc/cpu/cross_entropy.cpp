@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -23,6 +24,7 @@ constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kMaxBlockRows = 512;
 // Elements that are worth waking a thread for.
 constexpr int64_t kThreadElements = 32768;
+constexpr int64_t kOneThread = std::numeric_limits<int64_t>::max() / 2;
 
 int64_t block_rows(int64_t C) {
   return std::clamp<int64_t>(kBlockElements / std::max<int64_t>(C, 1), 1, kMaxBlockRows);
@@ -85,6 +87,14 @@ class FlatValues {
   std::vector<Acc> values_;
 };
 
+// Are all classes in [0, C)? Where one is not, y or C - 1 - y has its highest bit set.
+bool all_in_range(const int64_t* y, int64_t n, int64_t C) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; ++i)
+    bits |= static_cast<uint64_t>(y[i]) | (static_cast<uint64_t>(C - 1) - y[i]);
+  return bits >> 63 == 0;
+}
+
 // Everything about one call that does not change from block to block.
 template <typename T, typename P, typename Acc>
 struct Problem {
@@ -94,6 +104,7 @@ struct Problem {
   RowRun<T, P, Acc> common{};  // pointers at row 0
   const Tensor* target;        // contiguous if it holds indices
   int64_t ignore_index;
+  const int64_t* plain_classes = nullptr;  // the target itself, if that is what the kernels need
 
   Problem(const RowLayout& layout, const CrossEntropyShape& s, const Tensor& input,
           const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
@@ -109,21 +120,50 @@ struct Problem {
     common.weight = this->weight.data();
     common.keep = static_cast<Acc>(1 - smoothing);
     common.spread = static_cast<Acc>(smoothing / s.C);
-    if (smoothing > 0 && !s.prob) {
-      double sum = 0;
-      for (int64_t c = 0; c < s.C; ++c) {
-        uniform.push_back(common.spread * (common.weight ? common.weight[c] : Acc(1)));
-        sum += uniform.back();
-      }
-      common.uniform = uniform.data();
-      common.uniform_sum = static_cast<Acc>(sum);
+    if (smoothing > 0 && !s.prob) spread_uniformly();
+    if (s.prob || (ignore_index >= 0 && ignore_index < s.C)) return;
+    if (target.scalar_type() != ScalarType::Long) return;
+    const int64_t* classes = static_cast<const int64_t*>(target.const_data_ptr());
+    common.all_valid = all_in_range(classes, layout.rows, s.C);
+    if (common.all_valid) plain_classes = classes;
+  }
+
+  // Puts the classes of rows [begin, begin + n) into run: the target's own memory where it can,
+  // else copies in `y`, kIgnored where the target is ignore_index. Returns the sum of their
+  // weights; `bad` becomes the first row whose target is out of range.
+  double load_classes(int64_t begin, int64_t n, int64_t* y, RowRun<T, P, Acc>* run,
+                      std::atomic<int64_t>* bad) const {
+    if (common.prob) return n;
+    run->y = plain_classes ? plain_classes + begin : y;
+    if (!plain_classes) copy_classes(begin, n, y, bad);
+    if (!common.weight && plain_classes) return n;
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (run->y[i] != kIgnored) sum += common.weight ? common.weight[run->y[i]] : Acc(1);
+    return sum;
+  }
+
+  // Calls f(run) for each run of equally spaced rows in [begin, begin + n). What `block` holds of
+  // its rows, from `begin` on, is handed on to the runs.
+  template <typename F>
+  void for_each_run(int64_t begin, int64_t n, const RowRun<T, P, Acc>& block, const F& f) const {
+    const int64_t length = layout.run();
+    for (int64_t row = begin; row < begin + n;) {
+      RowRun<T, P, Acc> run = block;
+      run.rows = std::min(begin + n - row, length - row % length);
+      run.y += row - begin, run.scale += row - begin;
+      if (run.loss) run.loss += row - begin;
+      if (run.maximum) run.maximum += row - begin, run.log_sum += row - begin;
+      run.x += layout.offset(kInput, row);
+      if (run.prob) run.t += layout.offset(kTarget, row);
+      if (run.grad) run.grad += layout.offset(kGrad, row);
+      f(run);
+      row += run.rows;
     }
   }
 
-  // Classes of rows [begin, begin + n), kIgnored where the target is ignore_index. Returns the sum
-  // of their weights; `bad` becomes the first row whose target is out of range.
-  double load_classes(int64_t begin, int64_t n, int64_t* y, std::atomic<int64_t>* bad) const {
-    double weight_sum = 0;
+ private:
+  void copy_classes(int64_t begin, int64_t n, int64_t* y, std::atomic<int64_t>* bad) const {
     visit_index(target->scalar_type(), target->const_data_ptr(), [&](auto* data) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t value = static_cast<int64_t>(data[begin + i]);
@@ -135,42 +175,39 @@ struct Problem {
           int64_t first = bad->load();
           while (begin + i < first && !bad->compare_exchange_weak(first, begin + i)) {
           }
-        } else {
-          weight_sum += common.weight ? common.weight[value] : Acc(1);
         }
       }
     });
-    return weight_sum;
   }
 
-  // Calls f(run, first row) for each run of equally spaced rows in [begin, begin + n).
-  template <typename F>
-  void for_each_run(int64_t begin, int64_t n, const F& f) const {
-    const int64_t length = layout.run();
-    for (int64_t row = begin; row < begin + n;) {
-      RowRun<T, P, Acc> run = common;
-      run.rows = std::min(begin + n - row, length - row % length);
-      run.x += layout.offset(kInput, row);
-      if (run.prob) run.t += layout.offset(kTarget, row);
-      if (run.grad) run.grad += layout.offset(kGrad, row);
-      f(run, row);
-      row += run.rows;
+  void spread_uniformly() {
+    double sum = 0;
+    for (int64_t c = 0; c < common.C; ++c) {
+      uniform.push_back(common.spread * (common.weight ? common.weight[c] : Acc(1)));
+      sum += uniform.back();
     }
+    common.uniform = uniform.data();
+    common.uniform_sum = static_cast<Acc>(sum);
   }
 };
 
-// Calls f(block, first row, number of rows) for every block.
-template <typename F>
-void for_each_block(const RowLayout& layout, const F& f) {
+int64_t number_of_blocks(const RowLayout& layout) {
   const int64_t size = block_rows(layout.C);
-  const int64_t blocks = (layout.rows + size - 1) / size;
+  return (layout.rows + size - 1) / size;
+}
+
+// Calls f(block, first row, number of rows) for every block, on more threads than one where each
+// gets `thread_elements` logits.
+template <typename F>
+void for_each_block(const RowLayout& layout, int64_t thread_elements, const F& f) {
+  const int64_t size = block_rows(layout.C), blocks = number_of_blocks(layout);
   auto some = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       f(block, block * size, std::min(size, layout.rows - block * size));
   };
-  if (layout.rows * layout.C < 2 * kThreadElements) return some(0, blocks);
+  if (layout.rows * layout.C < 2 * thread_elements) return some(0, blocks);
   const int64_t per_block = std::max<int64_t>(size * layout.C, 1);
-  parallel_for(0, blocks, std::max<int64_t>(kThreadElements / per_block, 1), some);
+  parallel_for(0, blocks, std::max<int64_t>(thread_elements / per_block, 1), some);
 }
 
 // The kernels that serve a run: those of the instruction set in use, or the general ones.
@@ -209,74 +246,75 @@ void throw_out_of_range(const Tensor& target, int64_t row, int64_t C) {
                                   ") or ignore_index, got ", got, " in row ", row));
 }
 
-template <typename Loss, typename Acc>
-void store_losses(const Acc* from, int64_t n, Tensor& loss, int64_t begin) {
-  Loss* out = static_cast<Loss*>(loss.mutable_data_ptr()) + begin;
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Loss>(from[i]);
+// Puts values into out [begin, begin + n), of dtype T or Acc.
+template <typename T, typename Acc>
+void store_values(const Acc* values, int64_t n, const Tensor& out, int64_t begin) {
+  if (out.scalar_type() == accumulate_type(out.scalar_type())) {
+    std::copy_n(values, n, static_cast<Acc*>(out.mutable_data_ptr()) + begin);
+  } else {
+    std::transform(values, values + n, static_cast<T*>(out.mutable_data_ptr()) + begin,
+                   [](Acc value) { return static_cast<T>(value); });
+  }
 }
 
 // Sum of the weights of all rows; `bad` becomes the first row whose target is out of range.
 template <typename T, typename P, typename Acc>
 double total_weight(const Problem<T, P, Acc>& problem, std::atomic<int64_t>* bad) {
-  if (problem.common.prob) return problem.layout.rows;
-  double sum = 0;
+  RowRun<T, P, Acc> block = problem.common;
   int64_t y[kMaxBlockRows];
-  for (int64_t row = 0; row < problem.layout.rows; row += kMaxBlockRows)
-    sum += problem.load_classes(row, std::min(kMaxBlockRows, problem.layout.rows - row), y, bad);
+  double sum = 0;
+  for_each_block(problem.layout, kOneThread, [&](int64_t, int64_t begin, int64_t n) {
+    sum += problem.load_classes(begin, n, y, &block, bad);
+  });
   return sum;
 }
 
-// Fills `loss` (one value per row, or their reduction), `saved` and `hits`.
+// In four sums, each waiting for its own last addition only.
+template <typename Acc>
+double sum_of(const Acc* values, int64_t n) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += values[i + k];
+  for (; i < n; ++i) sums[0] += values[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Loss and number of hits of all rows; fills what is saved, and `row_losses` where each row's is
+// asked for.
 template <typename T, typename P, typename Acc>
-void forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t save, Tensor& loss,
-             Tensor& saved, Tensor& hits) {
+BlockSum forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t save, bool hits,
+                 const Tensor& saved, const Tensor& row_losses) {
   const RowLayout& layout = problem.layout;
-  const bool float_loss = loss.scalar_type() == accumulate_type(loss.scalar_type());
   Acc* stats = save == kSaveRows ? static_cast<Acc*>(saved.mutable_data_ptr()) : nullptr;
-  std::vector<BlockSum> sums((layout.rows + block_rows(layout.C) - 1) / block_rows(layout.C));
+  std::vector<BlockSum> sums(number_of_blocks(layout));
   std::atomic<int64_t> bad{layout.rows};
-  const bool with_grad = save == kSaveGrad;
-  Acc unit = 1;
-  if (with_grad && reduction == kMean) unit = static_cast<Acc>(1 / total_weight(problem, &bad));
+  const bool divide = save == kSaveGrad && reduction == kMean;
+  const Acc unit = divide ? static_cast<Acc>(1 / total_weight(problem, &bad)) : Acc(1);
+  if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
   const Kernels<T, P, Acc> kernels(problem.common);
-  for_each_block(layout, [&](int64_t block, int64_t begin, int64_t n) {
+  for_each_block(layout, kThreadElements, [&](int64_t i, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];
-    Acc losses[kMaxBlockRows], maxima[kMaxBlockRows], log_sums[kMaxBlockRows];
-    Acc scale[kMaxBlockRows];
-    std::fill_n(scale, n, unit);
-    sums[block].weight = problem.common.prob ? n : problem.load_classes(begin, n, y, &bad);
-    problem.for_each_run(begin, n, [&](RowRun<T, P, Acc>& run, int64_t row) {
-      run.y = y + (row - begin);
-      run.loss = losses + (row - begin);
-      if (stats) run.maximum = stats + row, run.log_sum = stats + layout.rows + row;
-      if (with_grad) run.maximum = maxima + (row - begin), run.log_sum = log_sums + (row - begin);
-      run.scale = scale + (row - begin);
-      kernels.forward(run);
-      if (with_grad) kernels.backward(run);
-      if (hits.defined())
-        for (int64_t i = 0; i < run.rows; ++i) sums[block].hits += is_hit(run, i);
-    });
-    if (reduction != kNone) {
-      for (int64_t i = 0; i < n; ++i) sums[block].loss += losses[i];
-    } else if (float_loss) {
-      store_losses<Acc>(losses, n, loss, begin);
+    Acc losses[kMaxBlockRows + kPadding], scale[kMaxBlockRows + kPadding];
+    std::fill_n(scale, n + kPadding, unit);
+    RowRun<T, P, Acc> block = problem.common;
+    block.loss = losses, block.scale = scale;
+    if (hits) block.hits = &sums[i].hits;
+    if (stats) block.maximum = stats + begin, block.log_sum = stats + layout.rows + begin;
+    sums[i].weight = problem.load_classes(begin, n, y, &block, &bad);
+    problem.for_each_run(begin, n, block, kernels.forward);
+    if (reduction == kNone) {
+      store_values<T>(losses, n, row_losses, begin);
     } else {
-      store_losses<T>(losses, n, loss, begin);
+      sums[i].loss = sum_of(losses, n);
     }
   });
   if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
   BlockSum total;
-  for (const BlockSum& sum : sums) total.loss += sum.loss, total.weight += sum.weight;
-  if (hits.defined()) {
-    int64_t& count = *static_cast<int64_t*>(hits.mutable_data_ptr());
-    count = 0;
-    for (const BlockSum& sum : sums) count += layout.C ? sum.hits : 0;
-  }
-  if (layout.C == 0) total = {};  // no logits: sums are 0 and means NaN, as in PyTorch
-  if (stats) stats[2 * layout.rows] = static_cast<Acc>(total.weight);
-  if (reduction == kNone) return;
-  const Acc value = static_cast<Acc>(reduction == kMean ? total.loss / total.weight : total.loss);
-  float_loss ? store_losses<Acc>(&value, 1, loss, 0) : store_losses<T>(&value, 1, loss, 0);
+  for (const BlockSum& sum : sums)
+    total.loss += sum.loss, total.weight += sum.weight, total.hits += sum.hits;
+  if (stats) stats[2 * layout.rows] = layout.C == 0 ? 0 : static_cast<Acc>(total.weight);
+  return layout.C == 0 ? BlockSum{} : total;  // no logits: sums are 0 and means NaN, as in PyTorch
 }
 
 template <typename T, typename P, typename Acc>
@@ -288,22 +326,20 @@ void backward(const Problem<T, P, Acc>& problem, int64_t reduction, const Tensor
   const FlatValues<Acc> grads(grad_loss);
   const Kernels<T, P, Acc> kernels(problem.common);
   const Acc divisor = reduction == kMean ? save[2 * layout.rows] : Acc(1);
-  for_each_block(layout, [&](int64_t, int64_t begin, int64_t n) {
+  for_each_block(layout, kThreadElements, [&](int64_t, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];
-    Acc scale[kMaxBlockRows];
+    Acc scale[kMaxBlockRows + kPadding] = {};
     std::atomic<int64_t> bad{layout.rows};
-    if (!problem.common.prob) problem.load_classes(begin, n, y, &bad);
+    RowRun<T, P, Acc> block = problem.common;
+    problem.load_classes(begin, n, y, &block, &bad);
     if (reduction == kNone) {
       std::copy_n(grads.data() + begin, n, scale);
     } else {
       std::fill_n(scale, n, grads.data()[0] / divisor);
     }
-    problem.for_each_run(begin, n, [&](RowRun<T, P, Acc>& run, int64_t row) {
-      run.y = y + (row - begin);
-      run.scale = scale + (row - begin);
-      run.maximum = save + row, run.log_sum = save + layout.rows + row;
-      kernels.backward(run);
-    });
+    block.scale = scale;
+    block.maximum = save + begin, block.log_sum = save + layout.rows + begin;
+    problem.for_each_run(begin, n, block, kernels.backward);
   });
 }
 
@@ -324,10 +360,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
   check_cross_entropy_outputs(op, s, save, count_hits);
   const ScalarType type = input.scalar_type();
-  Tensor loss = empty_flat(reduction == kNone ? s.batch : std::vector<int64_t>{},
-                           float_loss ? accumulate_type(type) : type, input);
-  Tensor saved = empty_saved(save, s.rows(), input);
-  Tensor hits = empty_hits(count_hits, input);
+  const Tensor loss = empty_flat(reduction == kNone ? s.batch : std::vector<int64_t>{},
+                                 float_loss ? accumulate_type(type) : type, input);
+  const Tensor saved = empty_saved(save, s.rows(), input);
+  const Tensor hits = empty_hits(count_hits, input);
   const RowLayout layout =
       row_layout(op, s, {&input, s.prob ? &target : nullptr, save == kSaveGrad ? &saved : nullptr});
   const Tensor flat = flat_target(s, target);
@@ -336,7 +372,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
         layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
     if (save == kSaveGrad)
       problem.common.grad = static_cast<decltype(t)*>(saved.mutable_data_ptr());
-    forward(problem, reduction, save, loss, saved, hits);
+    const BlockSum sum = forward(problem, reduction, save, count_hits, saved, loss);
+    if (count_hits) *static_cast<int64_t*>(hits.mutable_data_ptr()) = sum.hits;
+    if (reduction == kNone) return;
+    const decltype(acc) value = reduction == kMean ? sum.loss / sum.weight : sum.loss;
+    store_values<decltype(t)>(&value, 1, loss, 0);
   });
   return {loss, saved, hits};
 }

@@ -8,11 +8,14 @@
 namespace fastcls::cpu {
 
 // Same meaning as forward_general and backward_general, for logits and probabilities of dtype T.
+// `loss` and `scale` of a run are accessed in whole vectors: they have kPadding numbers more.
 template <typename T>
 struct CrossEntropyKernels {
   void (*forward)(const RowRun<T, T, float>& run);
   void (*backward)(const RowRun<T, T, float>& run);
 };
+
+constexpr int kPadding = 16;  // a vector of AVX-512, the longest
 
 // Rows are put side by side, one to a lane, in a tile of C vectors on the stack. It stays within
 // the first-level cache (16 KiB of AVX-512 vectors).

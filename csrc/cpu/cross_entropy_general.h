@@ -28,9 +28,10 @@ struct RowRun {
   int64_t x_row, x_class;
   bool prob;
   const int64_t* y;  // [rows] class, or kIgnored, unless prob
+  bool all_valid;    // no row is ignored
   const P* t;        // [rows, C] if prob
   int64_t t_row, t_class;
-  T* grad;  // [rows, C], backward only
+  T* grad;  // [rows, C]; null if the forward pass is to write none
   int64_t grad_row, grad_class;
   const Acc* weight;   // [C] or null
   const Acc* uniform;  // u [C] of an index target, or null without smoothing
@@ -38,9 +39,10 @@ struct RowRun {
   Acc keep;            // 1 - smoothing
   Acc spread;          // smoothing / C
   Acc* loss;           // [rows], forward only
-  Acc* maximum;        // [rows]
-  Acc* log_sum;        // [rows]
-  const Acc* scale;    // [rows] gradient of the result with respect to each row's loss
+  int64_t* hits;       // where to add the number of hits, or null; forward only
+  Acc* maximum;        // [rows], or null if the forward pass is to save nothing
+  Acc* log_sum;        // [rows], with maximum
+  const Acc* scale;    // [rows] gradient of the result with respect to each row's loss, with grad
 };
 
 constexpr int64_t kIgnored = -1;
@@ -51,34 +53,9 @@ Acc target_term(const RowRun<T, P, Acc>& run, const P* t, int64_t c) {
   return run.weight ? run.weight[c] * q : q;
 }
 
+// Writes the gradient of a row, given its maximum and the log of its sum.
 template <typename T, typename P, typename Acc>
-void forward_row(const RowRun<T, P, Acc>& run, int64_t row) {
-  const T* x = run.x + row * run.x_row;
-  Acc m = -std::numeric_limits<Acc>::infinity();
-  for (int64_t c = 0; c < run.C; ++c) {
-    const Acc value = static_cast<Acc>(x[c * run.x_class]);
-    m = value > m ? value : m;
-  }
-  double sum = 0;
-  for (int64_t c = 0; c < run.C; ++c) sum += std::exp(static_cast<Acc>(x[c * run.x_class]) - m);
-  const Acc log_sum = static_cast<Acc>(std::log(sum));
-  auto log_p = [&](int64_t c) { return (static_cast<Acc>(x[c * run.x_class]) - m) - log_sum; };
-
-  double loss = 0;
-  if (run.prob) {
-    const P* t = run.t + row * run.t_row;
-    for (int64_t c = 0; c < run.C; ++c) loss -= target_term(run, t, c) * log_p(c);
-  } else if (const int64_t y = run.y[row]; y != kIgnored) {
-    loss = -(run.weight ? run.keep * run.weight[y] : run.keep) * log_p(y);
-    if (run.uniform)
-      for (int64_t c = 0; c < run.C; ++c) loss -= run.uniform[c] * log_p(c);
-  }
-  run.loss[row] = static_cast<Acc>(loss);
-  if (run.maximum) run.maximum[row] = m, run.log_sum[row] = log_sum;
-}
-
-template <typename T, typename P, typename Acc>
-void backward_row(const RowRun<T, P, Acc>& run, int64_t row) {
+void gradient_row(const RowRun<T, P, Acc>& run, int64_t row, Acc m, Acc log_sum) {
   const T* x = run.x + row * run.x_row;
   const P* t = run.t + row * run.t_row;
   T* grad = run.grad + row * run.grad_row;
@@ -87,7 +64,7 @@ void backward_row(const RowRun<T, P, Acc>& run, int64_t row) {
     for (int64_t c = 0; c < run.C; ++c) grad[c * run.grad_class] = static_cast<T>(Acc(0));
     return;
   }
-  const Acc m = run.maximum[row], log_sum = run.log_sum[row], scale = run.scale[row];
+  const Acc scale = run.scale[row];
   const Acc at_target = run.prob ? Acc(0) : run.weight ? run.keep * run.weight[y] : run.keep;
   double q_total = at_target + run.uniform_sum;
   if (run.prob)
@@ -116,13 +93,42 @@ bool is_hit(const RowRun<T, P, Acc>& run, int64_t row) {
 }
 
 template <typename T, typename P, typename Acc>
+void forward_row(const RowRun<T, P, Acc>& run, int64_t row) {
+  const T* x = run.x + row * run.x_row;
+  Acc m = -std::numeric_limits<Acc>::infinity();
+  for (int64_t c = 0; c < run.C; ++c) {
+    const Acc value = static_cast<Acc>(x[c * run.x_class]);
+    m = value > m ? value : m;
+  }
+  double sum = 0;
+  for (int64_t c = 0; c < run.C; ++c) sum += std::exp(static_cast<Acc>(x[c * run.x_class]) - m);
+  const Acc log_sum = static_cast<Acc>(std::log(sum));
+  auto log_p = [&](int64_t c) { return (static_cast<Acc>(x[c * run.x_class]) - m) - log_sum; };
+
+  double loss = 0;
+  if (run.prob) {
+    const P* t = run.t + row * run.t_row;
+    for (int64_t c = 0; c < run.C; ++c) loss -= target_term(run, t, c) * log_p(c);
+  } else if (const int64_t y = run.y[row]; y != kIgnored) {
+    loss = -(run.weight ? run.keep * run.weight[y] : run.keep) * log_p(y);
+    if (run.uniform)
+      for (int64_t c = 0; c < run.C; ++c) loss -= run.uniform[c] * log_p(c);
+  }
+  run.loss[row] = static_cast<Acc>(loss);
+  if (run.maximum) run.maximum[row] = m, run.log_sum[row] = log_sum;
+  if (run.grad) gradient_row(run, row, m, log_sum);
+  if (run.hits) *run.hits += is_hit(run, row);
+}
+
+template <typename T, typename P, typename Acc>
 void forward_general(const RowRun<T, P, Acc>& run) {
   for (int64_t row = 0; row < run.rows; ++row) forward_row(run, row);
 }
 
 template <typename T, typename P, typename Acc>
 void backward_general(const RowRun<T, P, Acc>& run) {
-  for (int64_t row = 0; row < run.rows; ++row) backward_row(run, row);
+  for (int64_t row = 0; row < run.rows; ++row)
+    gradient_row(run, row, run.maximum[row], run.log_sum[row]);
 }
 
 }  // namespace fastcls::cpu

@@ -1,0 +1,185 @@
+// Cross-entropy row by row, kLanes adjacent classes to a vector, for many classes. Part of
+// cross_entropy_kernels.h.
+
+// Calls f(i, c, ragged) for vectors of classes [c, c + kLanes), C >= kLanes, with accumulators
+// i = 0 … 3 in turn. The last vector overlaps the one before where C is no multiple of kLanes: it
+// alone is ragged, and its first lanes have been seen.
+template <typename F>
+inline void for_each_vector(int64_t C, const F& f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) f(i, c + i * kLanes, std::false_type{});
+  for (; c + kLanes <= C; c += kLanes) f(0, c, std::false_type{});
+  if (c < C) f(1, C - kLanes, std::true_type{});
+}
+
+// The lanes of the ragged vector that no vector before it has.
+inline Vec only_new(int64_t C, Vec x) {
+  return Vec::select(Vec::first(kLanes - static_cast<int>(C % kLanes)), Vec::zero(), x);
+}
+
+struct Sums {
+  Vec of[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  float total() const { return reduce_sum((of[0] + of[1]) + (of[2] + of[3])); }
+};
+
+// q of the classes [c, c + kLanes) of a row with probabilities t.
+template <Spread kSpread, typename T>
+inline Vec class_q(const Run<T>& run, const T* t, int64_t c) {
+  if constexpr (kSpread == Spread::kSmoothing) return Vec::load(run.uniform + c);
+  const Vec q = Vec::fma(Vec::set(run.keep), Vec::load(t + c), Vec::set(run.spread));
+  return run.weight ? q * Vec::load(run.weight + c) : q;
+}
+
+template <typename T>
+float row_maximum(const Run<T>& run, const T* x) {
+  const Vec lowest = Vec::set(-std::numeric_limits<float>::infinity());
+  Vec most[4] = {lowest, lowest, lowest, lowest};
+  for_each_vector(run.C,
+                  [&](int i, int64_t c, auto) { most[i] = Vec::max(Vec::load(x + c), most[i]); });
+  return reduce_max(Vec::max(Vec::max(most[0], most[1]), Vec::max(most[2], most[3])));
+}
+
+// The sums of one row; stores exp(x - maximum) in powers [C] unless that is null.
+struct RowSums {
+  float sum, q_sum, q_dot;
+};
+
+template <Spread kSpread, bool kStore, typename T>
+RowSums sum_row(const Run<T>& run, int64_t row, float m, float* powers) {
+  const T* x = run.x + row * run.x_row;
+  const T* t = run.t + row * run.t_row;
+  const Vec maximum = Vec::set(m);
+  Sums sum, q_sum, q_dot;
+  for_each_vector(run.C, [&](int i, int64_t c, auto ragged) {
+    const Vec below = Vec::load(x + c) - maximum;
+    Vec power = exp(below);
+    if constexpr (kStore) power.store(powers + c);
+    if (ragged) power = only_new(run.C, power);
+    sum.of[i] = sum.of[i] + power;
+    if constexpr (kSpread != Spread::kNone) {
+      Vec q = class_q<kSpread>(run, t, c), product = q * below;
+      if (ragged) q = only_new(run.C, q), product = only_new(run.C, product);
+      q_sum.of[i] = q_sum.of[i] + q;
+      q_dot.of[i] = q_dot.of[i] - product;
+    }
+  });
+  if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0};
+  return {sum.total(), q_sum.total(), q_dot.total()};
+}
+
+// Writes factor source(c) - scale q_c for all c, and g_y at y. The ragged vector is calculated
+// first: `source` may read what the others overwrite.
+template <Spread kSpread, typename T, typename Source>
+void write_row_gradient(const Run<T>& run, int64_t row, float factor, float g_y,
+                        const Source& source) {
+  const T* t = run.t + row * run.t_row;
+  T* grad = run.grad + row * run.grad_row;
+  const Vec factors = Vec::set(factor), scale = Vec::set(run.scale[row]);
+  const auto gradient = [&](int64_t c) {
+    Vec g = factors * source(c);
+    if constexpr (kSpread != Spread::kNone) g = g - scale * class_q<kSpread>(run, t, c);
+    return g;
+  };
+  const Vec last = gradient(run.C - kLanes);
+  for_each_vector(run.C,
+                  [&](int, int64_t c, auto ragged) { put(grad + c, ragged ? last : gradient(c)); });
+  if (!run.prob) grad[run.y[row]] = static_cast<T>(g_y);
+}
+
+// scale ((Q p_y - u_y) - at_target)
+template <typename T>
+float gradient_at_target(const Run<T>& run, int64_t row, float q_sum, float p_y) {
+  if (run.prob) return 0;
+  const int64_t y = run.y[row];
+  const float at_target = target_weight(run, y), u_y = run.uniform ? run.uniform[y] : 0.0f;
+  return run.scale[row] * (((q_sum + at_target) * p_y - u_y) - at_target);
+}
+
+// The same as is_hit, where the maximum is known.
+template <typename T>
+bool row_is_hit(const Run<T>& run, int64_t row, float m, float sum) {
+  const T* x = run.x + row * run.x_row;
+  const int64_t y = run.y[row];
+  if (!(sum < std::numeric_limits<float>::infinity())) return is_hit(run, row);  // NaN or +inf
+  if (static_cast<float>(x[y]) != m) return false;
+  const Vec maximum = Vec::set(m);
+  int64_t c = 0;
+  unsigned earlier = 0;
+  for (; c + kLanes <= y; c += kLanes) earlier |= Vec::bits(Vec::equal(Vec::load(x + c), maximum));
+  for (; c < y; ++c) earlier |= static_cast<float>(x[c]) == m;
+  return earlier == 0;
+}
+
+// One step for all rows, then the next one: the sums across lanes at a step's end take their time,
+// which the next row's beginning fills. `powers`: kLanes rows [C], if T is not float.
+template <Spread kSpread, typename T>
+void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* powers) {
+  float maximum[kLanes] = {}, sum[kLanes] = {}, q_sum[kLanes] = {}, q_dot[kLanes] = {};
+  float below_y[kLanes] = {}, at_target[kLanes] = {};
+  const auto class_of = [&](int64_t i) { return run.prob ? 0 : run.y[first + i]; };
+  // Float gradients take the powers' place, vector by vector.
+  const auto powers_of = [&](int64_t i) {
+    if constexpr (std::is_same_v<T, float>) return run.grad + (first + i) * run.grad_row;
+    return powers + i * run.C;
+  };
+  for (int64_t i = 0; i < rows; ++i)
+    if (class_of(i) != kIgnored) maximum[i] = row_maximum(run, run.x + (first + i) * run.x_row);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = first + i, y = class_of(i);
+    if (y == kIgnored) continue;
+    const RowSums s = run.grad ? sum_row<kSpread, true>(run, row, maximum[i], powers_of(i))
+                               : sum_row<kSpread, false>(run, row, maximum[i], nullptr);
+    sum[i] = s.sum, q_sum[i] = s.q_sum, q_dot[i] = s.q_dot;
+    if (run.prob) continue;
+    at_target[i] = target_weight(run, y);
+    below_y[i] = static_cast<float>(run.x[row * run.x_row + y]) - maximum[i];
+    if (run.hits) *run.hits += row_is_hit(run, row, maximum[i], s.sum);
+  }
+  for (int64_t i = 0; i < rows && run.grad; ++i) {
+    const int64_t row = first + i, y = class_of(i);
+    if (y == kIgnored) {  // zero even where the logits are NaN
+      std::fill_n(run.grad + row * run.grad_row, run.C, static_cast<T>(0.0f));
+      continue;
+    }
+    const float* power = powers_of(i);
+    const float g_y = gradient_at_target(run, row, q_sum[i], power[y] / sum[i]);
+    const float factor = run.scale[row] * ((q_sum[i] + at_target[i]) / sum[i]);
+    write_row_gradient<kSpread>(run, row, factor, g_y,
+                                [&](int64_t c) { return Vec::load(power + c); });
+  }
+  finish_rows(run, first, rows,
+              {Vec::load(maximum), Vec::load(sum), Vec::load(q_sum), Vec::load(q_dot),
+               Vec::load(below_y), Vec::load(at_target)});
+}
+
+template <Spread kSpread, typename T>
+void backward_by_class(const Run<T>& run, int64_t row) {
+  const T* x = run.x + row * run.x_row;
+  const int64_t y = run.prob ? kIgnored : run.y[row];
+  if (!run.prob && y == kIgnored) {  // zero even where the logits are NaN
+    std::fill_n(run.grad + row * run.grad_row, run.C, static_cast<T>(0.0f));
+    return;
+  }
+  const Vec m = Vec::set(run.maximum[row]), log_sum = Vec::set(run.log_sum[row]);
+  float q_sum = run.prob ? 0 : run.uniform_sum;
+  if constexpr (kSpread == Spread::kProbabilities) {
+    const T* t = run.t + row * run.t_row;
+    Sums sum;
+    for_each_vector(run.C, [&](int i, int64_t c, auto ragged) {
+      const Vec q = class_q<kSpread>(run, t, c);
+      sum.of[i] = sum.of[i] + (ragged ? only_new(run.C, q) : q);
+    });
+    q_sum = sum.total();
+  }
+  const auto probability = [&](int64_t c) { return exp((Vec::load(x + c) - m) - log_sum); };
+  float p_y = 0;
+  if (!run.prob) {
+    float lanes[kLanes];
+    exp((Vec::set(static_cast<float>(x[y])) - m) - log_sum).store(lanes);
+    p_y = lanes[0];
+  }
+  const float factor = run.scale[row] * (q_sum + (run.prob ? 0 : target_weight(run, y)));
+  write_row_gradient<kSpread>(run, row, factor, gradient_at_target(run, row, q_sum, p_y),
+                              probability);
+}

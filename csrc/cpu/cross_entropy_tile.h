@@ -1,0 +1,199 @@
+// Cross-entropy of kLanes rows at once, one to a lane, for few classes or strided ones. Part of
+// cross_entropy_kernels.h.
+
+// Copies rows [rows, C] of any strides into tile [C][kLanes], eight lanes at a time. Lanes without
+// a row are 0.
+template <typename T>
+void pack_tile(const T* x, int64_t row, int64_t cls, int64_t rows, int64_t C, float* tile) {
+  for (int lane = 0; lane < kLanes; lane += 8, x += 8 * row, tile += 8) {
+    const int64_t n = rows - lane;
+    if (n >= 8 && row == 1) {
+      for (int64_t c = 0; c < C; ++c) store8(tile + c * kLanes, load8(x + c * cls));
+    } else if (n >= 8 && cls == 1 && C >= 4) {
+      for (int64_t next = 0; next < C; next += 4) {
+        const int64_t c = std::min(next, C - 4);  // the last block overlaps the one before
+        __m256 r[4];
+        for (int i = 0; i < 4; ++i) r[i] = load4x2(x + i * row + c, 4 * row);
+        transpose4x2(r);
+        for (int i = 0; i < 4; ++i) store8(tile + (c + i) * kLanes, r[i]);
+      }
+    } else {
+      for (int64_t c = 0; c < C; ++c) {
+        const auto at = [&](int i) {
+          return i < n ? static_cast<float>(x[i * row + c * cls]) : 0.0f;
+        };
+        store8(tile + c * kLanes,
+               _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
+      }
+    }
+  }
+}
+
+// The way back, of the values(lane, c) of lanes [lane, lane + 8) and class c.
+template <typename T, typename F>
+void unpack_tile(const F& values, int64_t rows, int64_t C, T* out, int64_t row, int64_t cls) {
+  for (int lane = 0; lane < rows; lane += 8, out += 8 * row) {
+    const int64_t n = std::min<int64_t>(rows - lane, 8);
+    if (n == 8 && row == 1) {
+      for (int64_t c = 0; c < C; ++c) store8(out + c * cls, values(lane, c));
+    } else if (n == 8 && cls == 1 && C >= 4) {
+      for (int64_t next = 0; next < C; next += 4) {
+        const int64_t c = std::min(next, C - 4);
+        __m256 r[4];
+        for (int i = 0; i < 4; ++i) r[i] = values(lane, c + i);
+        transpose4x2(r);
+        for (int i = 0; i < 4; ++i) store4x2(out + i * row + c, 4 * row, r[i]);
+      }
+    } else {
+      for (int64_t c = 0; c < C; ++c) {
+        float lanes[8];
+        store8(lanes, values(lane, c));
+        for (int64_t i = 0; i < n; ++i) out[i * row + c * cls] = static_cast<T>(lanes[i]);
+      }
+    }
+  }
+}
+
+// q of class c for kLanes rows; t is the tile of their probabilities.
+template <Spread kSpread, typename T>
+inline Vec tile_q(const Run<T>& run, const float* t, int64_t c) {
+  if constexpr (kSpread == Spread::kSmoothing) return Vec::set(run.uniform[c]);
+  const Vec q = Vec::fma(Vec::set(run.keep), Vec::load(t + c * kLanes), Vec::set(run.spread));
+  return run.weight ? Vec::set(run.weight[c]) * q : q;
+}
+
+// Lanes f(i, class of row first + i), f(i, 0) where a row is ignored or missing.
+template <typename T, typename F>
+inline Vec lanes_of_targets(const Run<T>& run, int64_t first, int64_t rows, const F& f) {
+  const int64_t* y = run.y + first;
+  if (run.all_valid && rows == kLanes) return lanes_of([&](int i) { return f(i, y[i]); });
+  return lanes_of([&](int i) { return f(i, i < rows && y[i] != kIgnored ? y[i] : 0); });
+}
+
+template <typename T>
+inline Vec tile_target_weights(const Run<T>& run, int64_t first, int64_t rows) {
+  if (run.all_valid && !run.weight) return Vec::set(run.keep);
+  return lanes_of([&](int i) { return i < rows ? target_weight(run, run.y[first + i]) : 0.0f; });
+}
+
+// Rows from lane `from` on whose target has the first of the greatest logits.
+template <typename T>
+int64_t tile_hits(const Run<T>& run, int64_t first, int64_t rows, int64_t from, const float* tile) {
+  Vec best = Vec::load(tile), where = Vec::zero();
+  auto nan = Vec::is_nan(best);
+  for (int64_t c = 1; c < run.C; ++c) {
+    const Vec x = Vec::load(tile + c * kLanes);
+    where = Vec::select(Vec::greater(x, best), Vec::set(static_cast<float>(c)), where);
+    best = Vec::max(x, best);
+    nan = Vec::either(nan, Vec::is_nan(x));
+  }
+  float lanes[kLanes];
+  Vec::select(nan, Vec::set(-2.0f), where).store(lanes);  // no class, nor kIgnored
+  int64_t hits = 0;
+  for (int64_t i = from; i < rows; ++i) hits += lanes[i] == static_cast<float>(run.y[first + i]);
+  return hits;
+}
+
+// The gradient of a tile's rows, of which `tile` holds a multiple of the probabilities:
+//   scale (Q p_c - q_c) = factor tile_c - scale q_c,  and  scale ((Q p_y - u_y) - at_target) at y.
+template <Spread kSpread, typename T>
+void write_tile_gradient(const Run<T>& run, int64_t first, int64_t rows, const Rows& r, Vec factor,
+                         Vec p_y, const float* tile, const float* t_tile) {
+  const float* scale = run.scale + first;
+  float factors[kLanes];
+  factor.store(factors);
+  const auto gradient = [&](int lane, int64_t c) {
+    const __m256 p = _mm256_mul_ps(load8(factors + lane), load8(tile + c * kLanes + lane));
+    if constexpr (kSpread == Spread::kNone) return p;
+    __m256 q;
+    if constexpr (kSpread == Spread::kSmoothing) {
+      q = _mm256_set1_ps(run.uniform[c]);
+    } else {
+      q = _mm256_fmadd_ps(_mm256_set1_ps(run.keep), load8(t_tile + c * kLanes + lane),
+                          _mm256_set1_ps(run.spread));
+      if (run.weight) q = _mm256_mul_ps(q, _mm256_set1_ps(run.weight[c]));
+    }
+    return _mm256_fnmadd_ps(load8(scale + lane), q, p);
+  };
+  T* grad = run.grad + first * run.grad_row;
+  unpack_tile(gradient, rows, run.C, grad, run.grad_row, run.grad_class);
+  if (kSpread == Spread::kProbabilities) return;
+  Vec g_y = (r.q_sum + r.at_target) * p_y;
+  if constexpr (kSpread == Spread::kSmoothing)
+    g_y = g_y - lanes_of_targets(run, first, rows, [&](int, int64_t y) { return run.uniform[y]; });
+  float lanes[kLanes];
+  (Vec::load(scale) * (g_y - r.at_target)).store(lanes);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t y = run.y[first + i];
+    if (run.all_valid || y != kIgnored) {
+      grad[i * run.grad_row + y * run.grad_class] = static_cast<T>(lanes[i]);
+      continue;
+    }
+    for (int64_t c = 0; c < run.C; ++c)  // zero even where the logits are NaN
+      grad[i * run.grad_row + c * run.grad_class] = static_cast<T>(0.0f);
+  }
+}
+
+// Rows [first, first + rows); those before lane `from` have been counted already. Leaves the loss
+// to finish_rows.
+template <Spread kSpread, typename T>
+Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) {
+  float tile[kMaxTileClasses * kLanes];
+  float t_tile[kSpread == Spread::kProbabilities ? kMaxTileClasses * kLanes : 1];
+  const int64_t C = run.C;
+  pack_tile(run.x + first * run.x_row, run.x_row, run.x_class, rows, C, tile);
+  if (run.hits) *run.hits += tile_hits(run, first, rows, from, tile);
+
+  Rows r{Vec::load(tile), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
+  if constexpr (kSpread == Spread::kProbabilities) {
+    pack_tile(run.t + first * run.t_row, run.t_row, run.t_class, rows, C, t_tile);
+  } else {
+    const auto x_y = [&](int i, int64_t y) { return tile[y * kLanes + i]; };
+    r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
+    r.at_target = tile_target_weights(run, first, rows);
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const Vec below = Vec::load(tile + c * kLanes) - r.maximum;
+    const Vec power = exp(below);
+    r.sum = r.sum + power;
+    power.store(tile + c * kLanes);
+    if constexpr (kSpread != Spread::kNone) {
+      const Vec q = tile_q<kSpread>(run, t_tile, c);
+      r.q_sum = r.q_sum + q;
+      r.q_dot = r.q_dot - q * below;
+    }
+  }
+  if (!run.grad) return r;
+  const Vec inverse = Vec::set(1.0f) / r.sum;
+  const Vec factor = Vec::load(run.scale + first) * ((r.q_sum + r.at_target) * inverse);
+  write_tile_gradient<kSpread>(run, first, rows, r, factor, exp(r.below_y) * inverse, tile, t_tile);
+  return r;
+}
+
+template <Spread kSpread, typename T>
+void backward_tile(const Run<T>& run, int64_t first, int64_t rows) {
+  float tile[kMaxTileClasses * kLanes];
+  float t_tile[kSpread == Spread::kProbabilities ? kMaxTileClasses * kLanes : 1];
+  const int64_t C = run.C;
+  const bool whole = rows == kLanes;
+  const Vec maximum =
+      whole ? Vec::load(run.maximum + first) : load_part(run.maximum + first, rows, 0);
+  const Vec log_sum =
+      whole ? Vec::load(run.log_sum + first) : load_part(run.log_sum + first, rows, 0);
+  Rows r{maximum, Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  pack_tile(run.x + first * run.x_row, run.x_row, run.x_class, rows, C, tile);
+  if constexpr (kSpread == Spread::kProbabilities) {
+    pack_tile(run.t + first * run.t_row, run.t_row, run.t_class, rows, C, t_tile);
+  } else {
+    const auto x_y = [&](int i, int64_t y) { return tile[y * kLanes + i]; };
+    r.below_y = lanes_of_targets(run, first, rows, x_y) - maximum;
+    r.at_target = tile_target_weights(run, first, rows);
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    exp((Vec::load(tile + c * kLanes) - maximum) - log_sum).store(tile + c * kLanes);
+    if constexpr (kSpread != Spread::kNone) r.q_sum = r.q_sum + tile_q<kSpread>(run, t_tile, c);
+  }
+  const Vec factor = Vec::load(run.scale + first) * (r.q_sum + r.at_target);
+  write_tile_gradient<kSpread>(run, first, rows, r, factor, exp(r.below_y - log_sum), tile, t_tile);
+}
