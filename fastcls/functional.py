@@ -530,7 +530,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = ctx.__dict__.pop("unit_grad", None)
         if grad is None:  # not the first pass
             grad = _save_again(ctx, _SAVE_GRAD)
-        if torch._C._are_functorch_transforms_active():  # grad_loss is a batch of gradients
+        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched=True
             return grad * _per_logit(grad_loss), None
         if type(grad_loss) is torch.Tensor and grad_loss.is_cpu and grad_loss.dim() == 0:
             scale = grad_loss.item()

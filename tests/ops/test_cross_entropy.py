@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LAYOUTS, assert_error_within_twice_native, with_layout
 
-from fastcls import FusedCrossEntropyLoss, functional, reference
+from fastcls import FusedCrossEntropyLoss, build_info, functional, reference
 from fastcls.functional import cross_entropy, cross_entropy_with_hits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
@@ -455,6 +457,49 @@ def test_gradients_accumulate_over_two_backward_passes(device):
     torch.testing.assert_close(input.grad, 3 * once)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_may_change_after_the_loss(dtype):
+    """As with PyTorch's own loss: on the CPU the backward pass does not read them again."""
+    input, target = make_case((21, 10), "index", dtype)
+    expected = value_and_grad(cross_entropy, input, target)[1]
+    logits = input.clone().requires_grad_()
+    changed = logits * 1
+    loss = cross_entropy(changed, target)
+    changed.zero_()
+    grad_loss = torch.full_like(loss, 0.5)  # what value_and_grad gives a single loss
+    assert torch.autograd.grad(loss, logits, grad_loss)[0].equal(expected)
+
+
+def test_small_gradients_survive_in_float16(device):
+    # They are smaller than the smallest float16 until the loss scale multiplies them.
+    input = torch.zeros(512, 10, dtype=torch.float16, device=device)
+    input[:, 0] = 11.0
+    target = torch.zeros(512, dtype=torch.int64, device=device)
+    scale = 65536.0
+    x, wide = input.clone().requires_grad_(), input.float().requires_grad_()
+    with torch.autocast(input.device.type, torch.float16):
+        loss = cross_entropy(x, target)
+    (grad,) = torch.autograd.grad(loss * scale, x)
+    (expected,) = torch.autograd.grad(F.cross_entropy(wide, target) * scale, wide)
+    assert expected.abs().max() / scale < torch.finfo(torch.float16).smallest_normal
+    torch.testing.assert_close(grad.float(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batched_gradients(device, reduction):
+    input, target = make_case((6, 5), "ignore", device=device)
+    input.requires_grad_()
+    losses = [f(input, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy)]
+    grads = torch.linspace(-1, 2, 3 * losses[0].numel(), device=device)
+    grads = grads.view(3, *losses[0].shape)
+    for _ in range(2):  # the second time over a graph that has been used
+        ours, native = (
+            torch.autograd.grad(loss, input, grads, is_grads_batched=True, retain_graph=True)[0]
+            for loss in losses
+        )
+        torch.testing.assert_close(ours, native)
+
+
 @pytest.mark.parametrize("scale", [INF, NAN, 0.0, 65536.0])
 def test_loss_scales_pass_through(device, scale):
     for C in (10, 100):
@@ -490,6 +535,72 @@ def test_sums_do_not_depend_on_threads():
         torch.set_num_threads(threads)
     for loss, grad in results[1:]:
         assert loss == results[0][0] and (grad == results[0][1]).all()
+
+
+# ------------------------------------------------------------ instruction sets and tail lengths
+
+# Every remainder of a vector of 8 or 16, by the tiles of few classes and by rows of many.
+TAIL_CLASSES = [*range(1, 41), *range(97, 114), 515]
+TAIL_ROWS = range(1, 21)
+
+
+def tail_results(dtype):
+    """{what: all numbers} of the CPU ops at every number of classes and rows."""
+    ops = torch.ops.fastcls
+    results = {"loss": [], "gradient": [], "gradient from rows": [], "hits": []}
+    for (seed, C), rows in itertools.product(enumerate(TAIL_CLASSES), TAIL_ROWS):
+        kind = ("index", "ignore", "prob")[(C + rows) % 3]
+        input, target = make_case((rows, C), kind, dtype, seed=seed)
+        weight = class_weight(C, dtype) if rows % 2 else None
+        settings = (IGNORED, 0, 0.1 if rows % 4 < 2 else 0.0)
+        loss, grad, hits = ops.cross_entropy_forward(
+            input, target, weight, *settings, True, 2, kind != "prob"
+        )
+        _, saved, _ = ops.cross_entropy_forward(input, target, weight, *settings, True, 1, False)
+        again = ops.cross_entropy_backward(
+            torch.ones_like(loss), input, target, weight, saved, *settings
+        )
+        results["loss"].append(loss)
+        results["gradient"].append(grad.flatten())
+        results["gradient from rows"].append(again.flatten())
+        if hits is not None:
+            results["hits"].append(hits.view(1))
+    return {what: torch.cat(values) for what, values in results.items()}
+
+
+FAST_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_tail_on_every_instruction_set(isa, tmp_path):
+    """This process's kernels against those of another one, which uses another instruction set."""
+    if build_info()["cpu_isa"] == isa:
+        pytest.skip("in use")
+    program = (
+        "import sys, torch; from fastcls import _C; print(_C.isa()); "
+        "import test_cross_entropy as tests; "
+        "torch.save([tests.tail_results(dtype) for dtype in tests.FAST_DTYPES], sys.argv[1])"
+    )
+    here = Path(__file__).parent  # not the root, whose fastcls/ would hide the installed one
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "results.pt")],
+        env={**os.environ, "FASTCLS_ISA": isa, "PYTHONPATH": path},
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode and "does not support" in child.stderr:
+        pytest.skip("this CPU lacks it")
+    assert child.returncode == 0 and child.stdout.startswith(isa), child.stderr
+    for dtype, theirs in zip(FAST_DTYPES, torch.load(tmp_path / "results.pt"), strict=True):
+        ours, eps = tail_results(dtype), torch.finfo(dtype).eps
+        assert ours.pop("hits").equal(theirs.pop("hits"))
+        for what, expected in theirs.items():
+            torch.testing.assert_close(
+                ours[what], expected, rtol=8 * eps, atol=2 * eps,
+                msg=lambda text, what=f"{what} {dtype}": f"{what}: {text}",
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------- PyTorch's systems
