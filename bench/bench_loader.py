@@ -50,9 +50,10 @@ def test_loader(mnist, request):
         name: lambda loader=loader: sum(len(labels) for _, labels in batches(loader))
         for name, loader in loaders.items()
     }
-    times = alternate(request.getfixturevalue("benchmark"), sides, SECONDS)
+    threads = torch.get_num_threads()
+    times = alternate(request.getfixturevalue("benchmark"), sides, SECONDS, threads)
     rates = {name: IMAGES / median for name, (_, median, _) in times.items()}
     ratio = rates["memory"] / rates["loader"]
     print(f"\n{rates['memory']:.0f} images/s from memory, {rates['loader']:.0f} by DataLoader and")
-    print(f"ToTensor: {ratio:.0f} times as many, {torch.get_num_threads()} threads")
+    print(f"ToTensor: {ratio:.0f} times as many, {threads} threads")
     assert ratio >= AT_LEAST

@@ -100,7 +100,8 @@ def measure(request, threads):
         return
 
     def measured(row, sides):
-        times = alternate(request.getfixturevalue("benchmark"), sides, config.getoption("seconds"))
+        benchmark = request.getfixturevalue("benchmark")
+        times = alternate(benchmark, sides, config.getoption("seconds"), threads)
         row |= {"threads": threads, "seconds": times} | _circumstances(row, threads)
         config.rows.append(row)
         if path := config.getoption("json"):

@@ -7,41 +7,49 @@ import time
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
-def alternate(benchmark, sides, seconds):
+def alternate(benchmark, sides, seconds, threads):
     """Times all sides in one run, one call of each per round, in random order.
 
-    pytest-benchmark times the first side; the others take their turns in its set-up, so that each
-    of its rounds is a round of everybody.
+    pytest-benchmark runs the first side; the others take their turns in its set-up, so that each
+    of its rounds is a round of everybody. One thread is timed by the processor time it gets, which
+    leaves out what other processes take; more threads by the time that passes.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         sides: {name: function without arguments}; ours comes first.
         seconds: time to spend on the rounds; very slow sides get ``MIN_ROUNDS`` all the same.
+        threads: number of threads that the sides use.
 
     Returns:
         {name: [lower quartile, median, upper quartile]} in seconds.
     """
     (first, target), *others = sides.items()
     times = {name: [] for name in sides}
+    clock = clock_of(threads)
     order = random.Random(0)
 
     def turns_of_others():
         order.shuffle(others)
         for name, call in others:
-            times[name].append(seconds_of(call))
+            times[name].append(seconds_of(call, clock))
 
     # One round's length, measured after compilation and the first touch of the memory.
     one_round = sum(_warm_up(call) for call in sides.values())
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / one_round)))
-    benchmark.pedantic(target, setup=turns_of_others, rounds=rounds)
-    times[first] = benchmark.stats.stats.data
+    benchmark.pedantic(
+        lambda: times[first].append(seconds_of(target, clock)), setup=turns_of_others, rounds=rounds
+    )
     return {name: statistics.quantiles(values, n=4) for name, values in times.items()}
 
 
-def seconds_of(call):
-    start = time.perf_counter()
+def clock_of(threads):
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def seconds_of(call, clock=time.perf_counter):
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _warm_up(call, calls=3):
