@@ -7,8 +7,12 @@ Both use PyTorch's stable ABI, so one build runs under every torch from 2.10 on.
 
 Environment: FASTCLS_CUDA=auto|0|1 (1: no nvcc is an error), TORCH_CUDA_ARCH_LIST, DEBUG=1,
 MAX_JOBS.
+
+What each CUDA kernel takes of a multiprocessor, as ptxas reports it, is written to
+fastcls/cuda_resources.txt; `fastcls info --kernels` shows it.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -90,7 +94,7 @@ def extension(name, sources, *, libraries, with_cuda=False):
         define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
         extra_compile_args={
             "cxx": cxx,
-            "nvcc": [*OPTIMISE, "--threads=2", "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [*OPTIMISE, "--threads=2", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"],
         },
         depends=[str(h) for h in Path("csrc").rglob("*.h")],
         language="c++",
@@ -116,10 +120,63 @@ def summary():
     return f"fastcls: CPU kernels: yes; CUDA kernels: {cuda}; {kind} build"
 
 
+@contextlib.contextmanager
+def output_copied_to(path):
+    """Whatever this process and its children write to stdout goes to a file too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(["tee", str(path)], stdin=subprocess.PIPE) as tee:
+        stdout = os.dup(1)
+        os.dup2(tee.stdin.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            tee.stdin.close()
+
+
+def kernel_resources(log):
+    """{(architecture, kernel): "registers N, shared N, spilled N"} from the output of ptxas -v."""
+    found = {}
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'(?:.*\n)*?.*?(\d+) bytes spill stores"
+        r".*\n.*Used (\d+) registers([^\n]*)"
+    )
+    for name, arch, spilled, registers, rest in entry.findall(log):
+        static = re.search(r"(\d+) bytes smem", rest)
+        shared = static[1] if static else 0
+        text = f"registers {registers}, declared shared {shared} B, spilled {spilled} B"
+        found[f"sm_{arch}", name] = text
+    return found
+
+
+def write_resources(log, target):
+    """Adds this build's kernels to the file: one that had nothing to compile says nothing new."""
+    lines = dict(line.split("\t", 1) for line in target.read_text().splitlines()) if target.exists() else {}
+    found = kernel_resources(log)
+    names = sorted({name for _, name in found})
+    if shutil.which("c++filt") and names:
+        plain = subprocess.run(
+            ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    else:
+        plain = names
+    plain = dict(zip(names, plain, strict=True))
+    for (arch, name), text in found.items():
+        lines[f"{arch} {plain[name]}"] = text
+    if lines:
+        target.write_text("".join(f"{k}\t{v}\n" for k, v in sorted(lines.items())))
+
+
 class Build(BuildExtension):
     def run(self):
-        print(summary())
-        super().run()
+        print(summary(), flush=True)
+        log = Path(self.build_temp) / "output.log"
+        with output_copied_to(log):
+            super().run()
+        if CUDA_HOME:
+            package = ROOT if self.inplace else Path(self.build_lib)
+            write_resources(log.read_text(), package / "fastcls" / "cuda_resources.txt")
         print(summary())
 
 

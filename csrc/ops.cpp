@@ -7,16 +7,18 @@ STABLE_TORCH_LIBRARY(fastcls, m) {
   m.def(
       "conv_block_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups, bool relu, int[] pool_size, int[] pool_stride, "
-      "int[] pool_padding, bool ceil_mode, bool save_winner) -> (Tensor out, Tensor winner)");
+      "int[] pool_padding, bool ceil_mode, bool save_winner, "
+      "bool allow_tf32=False) -> (Tensor out, Tensor winner)");
   m.def(
       "conv_block_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor winner, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool relu, int[] pool_size, "
       "int[] pool_stride, int[] pool_padding, bool ceil_mode, bool need_input, bool need_weight, "
-      "bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "bool need_bias, bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_weight, Tensor "
+      "grad_bias)");
   m.def(
       "conv_block_path(Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, "
       "int groups, bool relu, int[] pool_size, int[] pool_stride, int[] pool_padding, "
-      "bool ceil_mode) -> int");
+      "bool ceil_mode, bool allow_tf32=False) -> int");
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
       "int reduction, float label_smoothing, bool float_loss, int save, bool count_hits) -> "

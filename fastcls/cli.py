@@ -11,6 +11,7 @@ import torch
 from fastcls import build_info, recipes
 from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
+from fastcls.info import kernel_resources
 from fastcls.models import LAYERS
 from fastcls.runs import run
 
@@ -89,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     filters.add_argument("--out", metavar="DIR", default="filters", help="default: filters")
 
     info = commands.add_parser("info", help="tell what was built and what runs")
+    info.add_argument(
+        "--kernels", action="store_true", help="registers and spills of the CUDA kernels too"
+    )
     info.set_defaults(command=_info)
     return top
 
@@ -206,4 +210,7 @@ def _info(options: argparse.Namespace) -> int:
     for name, value in info.items():
         text = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
         print(f"{name:<{width}}  {text}")
+    if options.kernels:
+        for kernel, resources in kernel_resources().items():
+            print(f"{kernel}\n    {resources}")
     return 0

@@ -83,7 +83,8 @@ def conv_block(
         pool_padding, ceil_mode: as in ``torch.nn.functional.max_pool2d``.
 
     Under autocast the op runs in the autocast dtype of the input's device; a float32 weight is
-    read as it is, without a cast copy.
+    read as it is, without a cast copy. On CUDA a float32 product rounds its operands to tf32 where
+    ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", PyTorch's default for convolutions.
 
     Returns:
         (N, K, out_h, out_w), or (K, out_h, out_w): input's dtype and memory format. An input of one
@@ -143,13 +144,24 @@ def conv_block(
             ceil_mode=ceil_mode,
         )
     input, weight, bias = _autocast(input, weight, bias)
+    tf32 = _allow_tf32(input)
     if _needs_grad(input, weight, bias):
         function = _TracedConvBlock if _traced() else _ConvBlock
-        return function.apply(input, weight, bias, arguments)[0]
-    return _ops.conv_block_forward(input, weight, bias, *arguments, False)[0]
+        return function.apply(input, weight, bias, arguments, tf32)[0]
+    return _ops.conv_block_forward(input, weight, bias, *arguments, False, tf32)[0]
 
 
-_PATHS = ("general", "direct", "winograd")
+def _allow_tf32(input):
+    """May the op round float32 operands to tf32? PyTorch's own setting for convolutions says so."""
+    return input.dtype == torch.float32 and input.is_cuda and _cudnn_allows_tf32()
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_allows_tf32():
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+_PATHS = ("general", "direct", "winograd", "gemm")
 
 
 def conv_block_path(input, weight, **arguments):
@@ -162,7 +174,8 @@ def conv_block_path(input, weight, **arguments):
     Returns:
         "general": plain loops, for every argument and dtype; "direct" or "winograd": the fast
         kernels, which differ in the forward pass. "winograd" rounds differently: its errors are of
-        the same size, not the same.
+        the same size, not the same. On CUDA "direct" is for few input channels, "gemm" (implicit
+        matrix product) for more.
 
     Raises:
         As ``conv_block``.
@@ -177,7 +190,8 @@ def conv_block_path(input, weight, **arguments):
     if isinstance(full["padding"], str):
         padded = _pad_by_name(input, weight, full["padding"], full["stride"], full["dilation"])
         input, full["padding"] = padded
-    return _PATHS[_ops.conv_block_path(input, weight, *conv_block_arguments(**full))]
+    path = _ops.conv_block_path(input, weight, *conv_block_arguments(**full), _allow_tf32(input))
+    return _PATHS[path]
 
 
 def _pad_by_name(input, weight, padding, stride, dilation):
@@ -252,6 +266,7 @@ def _conv_block_forward_fake(
     pool_padding,
     ceil_mode,
     save_winner,
+    allow_tf32=False,
 ):
     _check_fake_devices("conv_block", input, weight=weight, bias=bias)
     out = F.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation, groups)
@@ -267,7 +282,7 @@ def _conv_block_forward_fake(
 
 @torch.library.register_fake("fastcls::conv_block_backward")
 def _conv_block_backward_fake(grad_out, input, weight, winner, *arguments_and_needs):
-    *_, need_input, need_weight, need_bias = arguments_and_needs
+    need_input, need_weight, need_bias = arguments_and_needs[9:12]
     _check_fake_devices(
         "conv_block_backward", input, grad_out=grad_out, weight=weight, winner=winner
     )
@@ -278,12 +293,12 @@ def _conv_block_backward_fake(grad_out, input, weight, winner, *arguments_and_ne
     )
 
 
-def _conv_block_forward(input, weight, bias, arguments):
-    return _ops.conv_block_forward(input, weight, bias, *arguments, True)
+def _conv_block_forward(input, weight, bias, arguments, tf32):
+    return _ops.conv_block_forward(input, weight, bias, *arguments, True, tf32)
 
 
 def _save_conv_block(ctx, inputs, output):
-    input, weight, bias, ctx.arguments = inputs
+    input, weight, bias, ctx.arguments, ctx.tf32 = inputs
     winner = output[1]
     ctx.mark_non_differentiable(winner)
     ctx.set_materialize_grads(False)
@@ -300,16 +315,16 @@ class _ConvBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         if grad_out is None:
-            return None, None, None, None
+            return (None,) * 5
         input, weight, _, winner = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _differentiable_grads(ctx, grad_out)
         else:
             grads = _ops.conv_block_backward(
-                grad_out, input, weight, winner, *ctx.arguments, *needs
+                grad_out, input, weight, winner, *ctx.arguments, *needs, ctx.tf32
             )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 class _TracedConvBlock(_ConvBlock):

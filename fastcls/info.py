@@ -1,6 +1,7 @@
 """What was built and what runs."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from platform import python_version
 
 import torch
@@ -44,3 +45,14 @@ def build_info() -> dict:
         "torch_cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def kernel_resources() -> dict:
+    """What each compiled CUDA kernel takes: ``{"sm_90 kernel<...>(...)": "registers 128, ..."}``.
+
+    As ptxas reported it when the package was built; empty in a CPU-only build. Shared memory that a
+    launch asks for is not in it: it depends on the shape.
+    """
+    report = Path(__file__).with_name("cuda_resources.txt")
+    lines = report.read_text().splitlines() if report.exists() else []
+    return dict(line.split("\t", 1) for line in lines)

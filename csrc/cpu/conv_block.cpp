@@ -98,7 +98,7 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
 int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                         bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
-                        std::vector<int64_t> pool_padding, bool ceil_mode) {
+                        std::vector<int64_t> pool_padding, bool ceil_mode, bool) {
   const ConvBlockShape s = check_conv_block(
       "conv_block_path", input, weight, std::nullopt,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> conv_block_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
-    std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner) {
+    std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner, bool) {
   const ConvBlockShape s = check_conv_block(
       "conv_block", input, weight, bias,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
     std::vector<int64_t> pool_padding, bool ceil_mode, bool need_input, bool need_weight,
-    bool need_bias) {
+    bool need_bias, bool) {
   const ConvBlockShape s = check_conv_block(
       "conv_block_backward", input, weight, std::nullopt,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});

@@ -12,6 +12,16 @@
 
 namespace fastcls::cuda {
 
+// What a launch depends on besides the shape. Asking the driver takes microseconds, so it is asked
+// once per device.
+struct DeviceLimits {
+  int arch;  // of the code in this library that the device runs: 90 for compute capability 9.0
+  int multiprocessors;
+  int max_shared_bytes;  // per block
+};
+
+const DeviceLimits& device_limits(int device);
+
 // Launches kernels on the device of `t`, which is the current one as long as this lives, and on
 // PyTorch's current stream there:
 //
@@ -19,7 +29,8 @@ namespace fastcls::cuda {
 //   launch(some_kernel<float>, grid, threads, pointer, size);
 class Launcher {
  public:
-  explicit Launcher(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit Launcher(const Tensor& t)
+      : guard_(t.get_device_index()), limits_(device_limits(t.get_device_index())) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
@@ -28,12 +39,29 @@ class Launcher {
 
   template <typename... Params, typename... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, const Args&... args) const {
-    kernel<<<grid, threads, 0, stream_>>>(args...);
+    with_shared(0, kernel, grid, threads, args...);
+  }
+
+  // With `shared_bytes` of shared memory for DYNAMIC_SHARED, at most max_shared_bytes().
+  template <typename... Params, typename... Args>
+  void with_shared(int64_t shared_bytes, void (*kernel)(Params...), dim3 grid, int threads,
+                   const Args&... args) const {
+    constexpr int64_t kWithoutAsking = 48 << 10;
+    if (shared_bytes > kWithoutAsking)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  int arch() const { return limits_.arch; }
+  int multiprocessors() const { return limits_.multiprocessors; }
+  int64_t max_shared_bytes() const { return limits_.max_shared_bytes; }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  const DeviceLimits& limits_;
   cudaStream_t stream_;
 };
 

@@ -1,309 +1,67 @@
-// conv_block on CUDA, general kernels: every geometry, dtype, stride and window.
+// conv_block on CUDA, the host functions: checks, allocation, and which kernels serve.
+//
+//   conv_block_gemm.h            forward pass and dX as matrix products; conv_block_forward.cu and
+//                                conv_block_backward_input.cu have their operands
+//   conv_block_backward_weight.cu   dW and db likewise
+//   conv_block_general.cu        every argument and dtype
 //
 // Fused: convolution, bias, ReLU, max-pool and the winner's code. Never written to memory: the conv
 // map, its gradient and casts of the operands. Sums are in a fixed order: no atomics.
-//
-//   forward_kernel: a thread owns one pooled output. It convolves the positions of its window and
-//     keeps the maximum.
-//   backward_input_kernel: a thread owns one element of dX. It gathers from every open winner whose
-//     kernel covers that element.
-//   backward_weight_kernel: a block owns a tile of one channel's dW and db over a chunk of the
-//     pooled rows (see WeightGradTile) and writes a partial sum.
-//   sum_chunks_kernel: a thread owns one element of dW or db and adds up its partial sums.
-//
-// Offsets are 64-bit throughout. Template arguments T, W and Acc as in conv_block.h.
-#include "conv_block.h"
-
-#include <limits>
-
-#include "cuda/common.h"
-#include "cuda/tiles.h"
+#include "cuda/conv_block_kernels.h"
 
 namespace fastcls::cuda {
 
 namespace {
 
-// ---- device helpers
-
-__device__ inline int64_t element_index() {
-  return static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
-}
-
-// Winner codes [N, out_h, out_w, K] of either width, told apart here: a template argument would
-// double the number of kernels. Null data: nothing is remembered, and every winner is the one
-// position of its window.
-struct Codes {
-  static constexpr int kNone = -1;  // the ReLU is shut
-  void* data;
-  bool wide;
-
-  __device__ int get(int64_t index) const {
-    if (!data) return 0;
-    return wide ? decoded(static_cast<const int32_t*>(data)[index])
-                : decoded(static_cast<const uint8_t*>(data)[index]);
-  }
-  __device__ void set(int64_t index, int code) const {
-    if (!data) return;
-    if (wide)
-      static_cast<int32_t*>(data)[index] = code == kNone ? kShut<int32_t> : code;
-    else
-      static_cast<uint8_t*>(data)[index] = code == kNone ? kShut<uint8_t> : code;
-  }
-
- private:
-  template <typename Win>
-  __device__ static int decoded(Win code) {
-    return code == kShut<Win> ? kNone : code;
-  }
-};
-
-// A place in a tensor [N, C, H, W].
-struct Place {
-  int64_t n, c, h, w;
-};
-
-// Element `index` of a tensor of these sizes, channels innermost or outermost. Threads that follow
-// each other take elements that lie side by side in memory.
-__device__ inline Place place_of(int64_t index, int64_t C, int64_t H, int64_t W,
-                                 bool channels_last) {
-  Place p;
-  if (channels_last) p.c = index % C, index /= C;
-  p.w = index % W, index /= W;
-  p.h = index % H, index /= H;
-  if (!channels_last) p.c = index % C, index /= C;
-  p.n = index;
-  return p;
-}
-
-// The conv map at (n, k, ch, cw), without bias. Taps in the padding are skipped.
-template <typename T, typename W, typename Acc>
-__device__ Acc conv_at(const ConvBlockShape& s, const View4<const T>& x,
-                       const View4<const W>& weight, int64_t n, int64_t k, int64_t ch, int64_t cw) {
-  const int64_t Cg = s.group_in(), c0 = k / s.group_out() * Cg;
-  Acc sum = 0;
-  for (int64_t i = 0; i < s.kernel_h; ++i) {
-    const int64_t h = ch * s.stride_h - s.pad_h + i * s.dilation_h;
-    if (h < 0 || h >= s.H) continue;
-    for (int64_t j = 0; j < s.kernel_w; ++j) {
-      const int64_t w = cw * s.stride_w - s.pad_w + j * s.dilation_w;
-      if (w < 0 || w >= s.W) continue;
-      const T* src = x.at(n, c0, h, w);
-      const W* tap = weight.at(k, 0, i, j);
-      for (int64_t c = 0; c < Cg; ++c)
-        sum += static_cast<Acc>(src[c * x.c]) * static_cast<Acc>(tap[c * weight.c]);
-    }
-  }
-  return sum;
-}
-
-// Pooled positions [first, last] whose windows contain conv-map position `at`, along one axis.
-struct Windows {
-  int64_t first, last;
-};
-
-__device__ inline Windows windows_over(int64_t at, int64_t window, int64_t stride, int64_t pad,
-                                       int64_t out) {
-  const int64_t before = at + pad - window;  // a window that starts here ends just before `at`
-  const int64_t last = (at + pad) / stride;
-  return {before < 0 ? 0 : before / stride + 1, last < out ? last : out - 1};
-}
-
-// ---- kernels
-
-// PyTorch's rule: the first maximum in row-major order wins, except that every NaN takes over; a
-// maximum that is not > 0 (and no NaN) shuts the ReLU. Pool padding counts as -inf.
-template <typename T, typename W, typename Acc>
-__global__ void __launch_bounds__(kElementThreads)
-    forward_kernel(ConvBlockShape s, View4<const T> x, View4<const W> weight, const W* bias,
-                   View4<T> out, Codes codes, bool channels_last) {
-  const int64_t index = element_index();
-  if (index >= s.out_numel()) return;
-  const auto [n, k, ph, pw] = place_of(index, s.K, s.out_h, s.out_w, channels_last);
-  const int64_t h0 = ph * s.pool_stride_h - s.pool_pad_h, w0 = pw * s.pool_stride_w - s.pool_pad_w;
-  const Acc b = bias ? static_cast<Acc>(bias[k]) : Acc(0);
-
-  Acc best = -std::numeric_limits<Acc>::infinity();
-  int place = Codes::kNone;  // no position seen yet
-  for (int i = 0; i < s.pool_h; ++i) {
-    if (h0 + i < 0 || h0 + i >= s.conv_h) continue;
-    for (int j = 0; j < s.pool_w; ++j) {
-      if (w0 + j < 0 || w0 + j >= s.conv_w) continue;
-      const Acc value = conv_at<T, W, Acc>(s, x, weight, n, k, h0 + i, w0 + j) + b;
-      if (value > best || value != value || place == Codes::kNone)
-        best = value, place = i * static_cast<int>(s.pool_w) + j;
-    }
-  }
-  if (s.relu && best <= Acc(0)) best = Acc(0), place = Codes::kNone;
-  *out.at(n, k, ph, pw) = static_cast<T>(best);
-  codes.set(((n * s.out_h + ph) * s.out_w + pw) * s.K + k, place);
-}
-
-// dX[n, c, h, w] = Σ g[n, k, ph, pw] · weight[k, c, i, j] over taps (i, j), the conv-map position
-// (ch, cw) that this tap joins to (h, w), the windows (ph, pw) over it, and the channels k whose
-// winner there is (ch, cw).
-template <typename T, typename W, typename Acc>
-__global__ void __launch_bounds__(kElementThreads)
-    backward_input_kernel(ConvBlockShape s, View4<const T> grad_out, View4<const W> weight,
-                          Codes codes, View4<T> grad_input, bool channels_last) {
-  const int64_t index = element_index();
-  if (index >= s.N * s.C * s.H * s.W) return;
-  const auto [n, c, h, w] = place_of(index, s.C, s.H, s.W, channels_last);
-  const int64_t Cg = s.group_in(), Kg = s.group_out(), k0 = c / Cg * Kg, cg = c % Cg;
-
-  Acc sum = 0;
-  for (int64_t i = 0; i < s.kernel_h; ++i) {
-    const int64_t y = h + s.pad_h - i * s.dilation_h, ch = y / s.stride_h;
-    if (y < 0 || y % s.stride_h != 0 || ch >= s.conv_h) continue;
-    const Windows rows = windows_over(ch, s.pool_h, s.pool_stride_h, s.pool_pad_h, s.out_h);
-    for (int64_t j = 0; j < s.kernel_w; ++j) {
-      const int64_t z = w + s.pad_w - j * s.dilation_w, cw = z / s.stride_w;
-      if (z < 0 || z % s.stride_w != 0 || cw >= s.conv_w) continue;
-      const Windows cols = windows_over(cw, s.pool_w, s.pool_stride_w, s.pool_pad_w, s.out_w);
-      for (int64_t ph = rows.first; ph <= rows.last; ++ph)
-        for (int64_t pw = cols.first; pw <= cols.last; ++pw) {
-          const int64_t place = (ch - ph * s.pool_stride_h + s.pool_pad_h) * s.pool_w + cw -
-                                pw * s.pool_stride_w + s.pool_pad_w;
-          // Unrolled, this loop takes so many registers that half the threads fit.
-          const int64_t first = ((n * s.out_h + ph) * s.out_w + pw) * s.K + k0;
-#pragma unroll 1
-          for (int64_t k = 0; k < Kg; ++k)
-            if (codes.get(first + k) == place)
-              sum += static_cast<Acc>(*grad_out.at(n, k0 + k, ph, pw)) *
-                     static_cast<Acc>(*weight.at(k0 + k, cg, i, j));
-        }
-    }
-  }
-  *grad_input.at(n, c, h, w) = static_cast<T>(sum);
-}
-
-// dW[k, c, i, j] = Σ g · x[n, c, h + i - pad, w + j - pad] over the open winners (h, w) of channel
-// k, and db[k] = Σ g. The sum over one pooled row is rounded apart from the total, which keeps
-// float error from growing with the batch.
-template <typename T, typename Acc>
-__global__ void __launch_bounds__(kElementThreads)
-    backward_weight_kernel(ConvBlockShape s, WeightGradTile t, View4<const T> grad_out,
-                           View4<const T> x, Codes codes, Acc* partial) {
-  const int64_t k = blockIdx.x / t.tiles, tile = blockIdx.x % t.tiles, chunk = blockIdx.y;
-  const int lane = threadIdx.x % t.lanes, row = threadIdx.x / t.lanes;
-  const int64_t element = tile * t.lanes + lane, Cg = s.group_in();
-  const bool is_bias = element == t.elements - 1;
-  const int64_t c = k / s.group_out() * Cg + (is_bias ? 0 : element % Cg);
-  const int64_t tap = is_bias ? 0 : element / Cg;
-  const int64_t i = tap / s.kernel_w, j = tap % s.kernel_w;
-
-  // 1. Each thread sums its element over the pooled rows of its turn.
-  const int64_t first = chunk * t.rows_per_chunk;
-  const int64_t last = std::min(first + t.rows_per_chunk, s.N * s.out_h);
-  Acc total = 0;
-  for (int64_t r = first + row; r < last && element < t.elements; r += t.rows) {
-    const int64_t n = r / s.out_h, ph = r % s.out_h;
-    Acc line = 0;
-    for (int64_t pw = 0; pw < s.out_w; ++pw) {
-      const int code = codes.get((r * s.out_w + pw) * s.K + k);
-      if (code == Codes::kNone) continue;
-      const Acc g = static_cast<Acc>(*grad_out.at(n, k, ph, pw));
-      if (is_bias) {
-        line += g;
-        continue;
-      }
-      int64_t ch, cw;
-      winner_position(s, ph, pw, code, &ch, &cw);
-      const int64_t h = ch * s.stride_h - s.pad_h + i * s.dilation_h;
-      const int64_t w = cw * s.stride_w - s.pad_w + j * s.dilation_w;
-      if (h >= 0 && h < s.H && w >= 0 && w < s.W) line += g * static_cast<Acc>(*x.at(n, c, h, w));
-    }
-    total += line;
-  }
-
-  // 2. The rows of the block are added in a tree.
-  SHARED_ARRAY(Acc, sums, kElementThreads);
-  sums[threadIdx.x] = total;
-  for (int half = t.rows / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (row < half) sums[threadIdx.x] += sums[threadIdx.x + half * t.lanes];
-  }
-  if (row == 0 && element < t.elements)
-    partial[(chunk * s.K + k) * t.elements + element] = sums[lane];
-}
-
-// grad_weight.data or grad_bias is null where it is not wanted.
-template <typename W, typename Acc>
-__global__ void __launch_bounds__(kElementThreads)
-    sum_chunks_kernel(ConvBlockShape s, WeightGradTile t, const Acc* partial, View4<W> grad_weight,
-                      W* grad_bias) {
-  const int64_t index = element_index();
-  if (index >= s.K * t.elements) return;
-  const int64_t k = index / t.elements, element = index % t.elements;
-  Acc sum = 0;
-  for (int64_t chunk = 0; chunk < t.chunks; ++chunk)
-    sum += partial[chunk * s.K * t.elements + index];
-  if (element == t.elements - 1) {
-    if (grad_bias) grad_bias[k] = static_cast<W>(sum);
-  } else if (grad_weight.data) {
-    const int64_t Cg = s.group_in(), tap = element / Cg;
-    *grad_weight.at(k, element % Cg, tap / s.kernel_w, tap % s.kernel_w) = static_cast<W>(sum);
-  }
-}
-
-// ---- launchers
-
 Codes codes_of(const ConvBlockShape& s, const Tensor& winner) {
   return {winner.numel() ? winner.mutable_data_ptr() : nullptr, s.wide_winner()};
 }
 
-template <typename T, typename W, typename Acc>
-void launch_forward(const Launcher& launch, const ConvBlockShape& s, const Tensor& input,
-                    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
-                    const Codes& codes) {
-  launch(forward_kernel<T, W, Acc>, element_blocks(s.out_numel()), kElementThreads, s,
-         const_view<T>(input), const_view<W>(weight),
-         bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr, mutable_view<T>(out),
-         codes, suggests_channels_last(out));
+// Float operands are rounded to tf32 only where the caller allows it.
+std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int arch) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return Arithmetic::kBf16;
+    case ScalarType::Half:
+      return Arithmetic::kF16;
+    case ScalarType::Float:
+      return allow_tf32 && arch_has(Arithmetic::kTf32, arch) ? Arithmetic::kTf32
+                                                             : Arithmetic::kFloat;
+    default:
+      return std::nullopt;
+  }
 }
 
-template <typename T, typename W, typename Acc>
-void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, const Tensor& grad_out,
-                           const Tensor& weight, const Codes& codes, const Tensor& grad_input) {
-  launch(backward_input_kernel<T, W, Acc>, element_blocks(grad_input.numel()), kElementThreads, s,
-         const_view<T>(grad_out), const_view<W>(weight), codes, mutable_view<T>(grad_input),
-         suggests_channels_last(grad_input));
+GemmPlan plan_of(const Launcher& launch, const ConvBlockShape& s, std::optional<Arithmetic> a,
+                 bool gather) {
+  return a ? gemm_plan(s, *a, gather, launch.arch(), launch.max_shared_bytes()) : GemmPlan{};
 }
 
-// grad_weight or grad_bias is empty where it is not wanted.
-template <typename T, typename W, typename Acc>
-void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s, const Tensor& grad_out,
-                            const Tensor& input, const Codes& codes, const Tensor& grad_weight,
-                            const Tensor& grad_bias) {
-  const WeightGradTile t = weight_grad_tile(s);
-  const ScalarType type = sizeof(Acc) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-  const Tensor partial = empty_flat({t.chunks, s.K, t.elements}, type, input);
-  Acc* sums = static_cast<Acc*>(partial.mutable_data_ptr());
-  launch(backward_weight_kernel<T, Acc>, dim3(s.K * t.tiles, t.chunks), kElementThreads, s, t,
-         const_view<T>(grad_out), const_view<T>(input), codes, sums);
-  launch(sum_chunks_kernel<W, Acc>, element_blocks(s.K * t.elements), kElementThreads, s, t, sums,
-         grad_weight.numel() ? mutable_view<W>(grad_weight) : View4<W>{},
-         grad_bias.numel() ? static_cast<W*>(grad_bias.mutable_data_ptr()) : nullptr);
-}
+// Few channels would fill a step of the sum with padding.
+bool gathers(const ConvBlockShape& s) { return s.C <= 8; }
 
 }  // namespace
-
-// ---- host functions
 
 int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                         bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
-                        std::vector<int64_t> pool_padding, bool ceil_mode) {
-  check_conv_block(
+                        std::vector<int64_t> pool_padding, bool ceil_mode, bool allow_tf32) {
+  const ConvBlockShape s = check_conv_block(
       "conv_block_path", input, weight, std::nullopt,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
-  return static_cast<int64_t>(ConvBlockPath::kGeneral);
+  const Launcher launch(input);
+  const GemmPlan plan =
+      plan_of(launch, s, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()), gathers(s));
+  return static_cast<int64_t>(!plan.exists()       ? ConvBlockPath::kGeneral
+                              : plan.config.gather ? ConvBlockPath::kDirect
+                                                   : ConvBlockPath::kGemm);
 }
 
 std::tuple<Tensor, Tensor> conv_block_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
-    std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner) {
+    std::vector<int64_t> pool_padding, bool ceil_mode, bool save_winner, bool allow_tf32) {
   const ConvBlockShape s = check_conv_block(
       "conv_block", input, weight, bias,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -315,10 +73,13 @@ std::tuple<Tensor, Tensor> conv_block_forward(
   // The kernel reads bias as one run of memory.
   const std::optional<Tensor> flat_bias =
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
-  dispatch_types(input.scalar_type(), weight.scalar_type(), [&](auto x, auto w, auto acc) {
-    launch_forward<decltype(x), decltype(w), decltype(acc)>(launch, s, input, weight, flat_bias,
-                                                            out, codes_of(s, winner));
-  });
+  const ForwardTensors tensors{input, weight, flat_bias, out, codes_of(s, winner)};
+  const auto arithmetic = arithmetic_of(input.scalar_type(), allow_tf32, launch.arch());
+  const GemmPlan plan = plan_of(launch, s, arithmetic, gathers(s));
+  if (plan.exists())
+    launch_gemm_forward(launch, s, plan, *arithmetic, tensors);
+  else
+    launch_general_forward(launch, s, tensors);
   return {out, winner};
 }
 
@@ -327,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool relu, std::vector<int64_t> pool_size, std::vector<int64_t> pool_stride,
     std::vector<int64_t> pool_padding, bool ceil_mode, bool need_input, bool need_weight,
-    bool need_bias) {
+    bool need_bias, bool allow_tf32) {
   const ConvBlockShape s = check_conv_block(
       "conv_block_backward", input, weight, std::nullopt,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -340,16 +101,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
                            ? empty_4d(s.K, s.group_in(), s.kernel_h, s.kernel_w, w_type, weight)
                            : empty_flat({0}, w_type, weight);
   Tensor grad_bias = empty_flat({need_bias ? s.K : 0}, w_type, weight);
-  const Codes codes = codes_of(s, winner);
-  dispatch_types(x_type, w_type, [&](auto x, auto w, auto acc) {
-    using T = decltype(x);
-    using W = decltype(w);
-    using Acc = decltype(acc);
-    if (grad_input.numel() > 0)
-      launch_backward_input<T, W, Acc>(launch, s, grad_out, weight, codes, grad_input);
-    if (grad_weight.numel() > 0 || grad_bias.numel() > 0)
-      launch_backward_weight<T, W, Acc>(launch, s, grad_out, input, codes, grad_weight, grad_bias);
-  });
+  const BackwardTensors tensors{grad_out,   input,       weight,   codes_of(s, winner),
+                                grad_input, grad_weight, grad_bias};
+  const auto arithmetic = arithmetic_of(x_type, allow_tf32, launch.arch());
+  if (grad_input.numel() > 0) {
+    const GemmPlan plan = s.stride_h == 1 && s.stride_w == 1
+                              ? plan_of(launch, transposed(s), arithmetic, /*gather=*/false)
+                              : GemmPlan{};
+    if (plan.exists())
+      launch_gemm_backward_input(launch, s, plan, *arithmetic, tensors);
+    else
+      launch_general_backward_input(launch, s, tensors);
+  }
+  if (grad_weight.numel() > 0 || grad_bias.numel() > 0) {
+    const WeightGradPlan plan =
+        arithmetic
+            ? weight_grad_plan(s, *arithmetic, gathers(s), launch.arch(), launch.max_shared_bytes())
+            : WeightGradPlan{};
+    if (plan.exists())
+      launch_gemm_backward_weight(launch, s, plan, *arithmetic, tensors);
+    else
+      launch_general_backward_weight(launch, s, tensors);
+  }
   return {grad_input, grad_weight, grad_bias};
 }
 

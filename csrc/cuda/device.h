@@ -3,20 +3,132 @@
 // first on the emulator's include path.
 //
 //   threadIdx, blockIdx, blockDim, gridDim      __global__, __device__, __launch_bounds__
-//   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count)
+//   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
+//   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
+//   __umulhi, and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace fastcls::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Before compute capability 8.0 there are no asynchronous copies, and the matrix unit takes other
+// shapes. Host code asks Launcher::arch() and launches nothing there that multiplies matrices;
+// should it do so all the same, the kernel traps.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define FASTCLS_SM80 1
+#else
+#define FASTCLS_SM80 0
+#endif
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- Matrix fragments. In a warp, thread 4 g + t holds of an 8 x 8 matrix of 16-bit elements, or
+// of 8 rows of four 32-bit ones, the 32-bit word t of row g.
+
+// Four such matrices in one go: lane i passes the address of row i % 8 of matrix i / 8, 16 bytes
+// aligned to 16.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same for 16-bit elements, transposed: thread 4 g + t gets column g of rows 2 t and 2 t + 1.
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Two matrices; the addresses are those of lanes 0 to 15.
+__device__ inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a · b with float sums: a [16, k], b [k, 8], d [16, 8]; k = 16 for 16-bit elements, 8 for
+// tf32.
+//
+//   a[0], a[1]  words 0-3 of rows 0-7 and 8-15      b[0]  words 0-3 of columns 0-7 (along k)
+//   a[2], a[3]  words 4-7 of the same rows          b[1]  words 4-7
+//   d[0], d[1]  columns 2 t, 2 t + 1 of row g       d[2], d[3]  of row g + 8
+#if FASTCLS_SM80
+#define FASTCLS_MMA(shape_and_types)                                              \
+  asm volatile("mma.sync.aligned." shape_and_types                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#else
+#define FASTCLS_MMA(shape_and_types) asm volatile("trap;")
+#endif
+
+__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  FASTCLS_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+__device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  FASTCLS_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+}
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  FASTCLS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+
+// The nearest tf32, as bits: 10 bits of mantissa. The matrix unit itself would cut the others off.
+__device__ inline uint32_t to_tf32(float value) {
+  uint32_t bits = 0;
+#if FASTCLS_SM80
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else
+  asm volatile("trap;");
+#endif
+  return bits;
+}
+
+// ---- Copies to shared memory that run while the thread goes on: 16 bytes, aligned to 16, or 16
+// bytes of zeros. The thread sees those of a group once it has waited; others after a barrier.
+
+__device__ inline void copy_async(void* to, const void* from, bool zeros) {
+#if FASTCLS_SM80
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(zeros ? 0 : 16)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = zeros ? uint4{} : *static_cast<const uint4*>(from);
+#endif
+}
+
+// Closes the group of copies begun since the last call.
+__device__ inline void copy_async_commit() {
+#if FASTCLS_SM80
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the `kLatest` that were closed last.
+template <int kLatest>
+__device__ inline void copy_async_wait() {
+#if FASTCLS_SM80
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
+#endif
+}
+
 }  // namespace fastcls::cuda
 
 // An array in the block's shared memory, uninitialised.
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+// The shared memory that the launch asks for: bytes, aligned to 16, uninitialised.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

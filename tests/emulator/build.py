@@ -86,6 +86,16 @@ def build(name, sources, flags=(), libraries=()):
     return _write(target, [*link, "-o"])
 
 
+def torch_home():
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def torch_flags():
+    return [f"-isystem{torch_home()}/include", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
+
+
 def _define_ops(names):
     """The schemas of ``torch.ops.fastcls``, again in the emulator's namespace."""
     import torch
@@ -104,16 +114,15 @@ def load():
 
     import fastcls  # noqa: F401  registers the schemas
 
-    torch_home = Path(torch.__file__).parent
     flags = [
-        f"-isystem{torch_home}/include",
-        "-DTORCH_TARGET_VERSION=0x020A000000000000",
+        *torch_flags(),
         "-DFASTCLS_CUDA_NAMESPACE=fastcls_emulated",
         "-DFASTCLS_CUDA_KEY=CPU",
     ]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*.cpp"))]
+    sources.remove(CSRC / "cuda" / "common.cu")  # asks the driver
     sources.append(HERE / "emulator.cpp")
-    path = build("fastcls_emulated", sources, flags, [f"-L{torch_home}/lib", "-ltorch_cpu"])
+    path = build("fastcls_emulated", sources, flags, [f"-L{torch_home()}/lib", "-ltorch_cpu"])
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastcls::")]
     load.library = _define_ops(sorted(n.removeprefix("fastcls::") for n in names))  # kept alive
     torch.ops.load_library(path)

@@ -26,9 +26,10 @@ namespace fastcls::emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-// Limits of every device: threads per block, shared memory without opting in, grid along y and z.
+// Limits of every device: threads per block, declared shared memory, grid along y and z; and the
+// least shared memory that a launch on a device with matrix units may ask for.
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 48 << 10;
+constexpr size_t kMaxSharedBytes = 48 << 10, kMaxDynamicBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
 
 // A fibre starts by setcontext, on its own stack. From then on it is left and resumed by _setjmp
@@ -53,6 +54,19 @@ struct Warp {
   // does not overwrite what others have yet to read.
   uint64_t values[2][32];
   int turn[32];
+  MatrixPair matrices[2];
+  int matrix_turn[32];
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+// A thread's asynchronous copies: groups closed, oldest first, and the open one.
+struct Copies {
+  std::deque<std::vector<Copy>> closed;
+  std::vector<Copy> open;
 };
 
 struct Block {
@@ -62,6 +76,8 @@ struct Block {
   Meeting barrier;
   std::vector<Warp> warps;
   std::map<const void*, std::vector<char>> shared;
+  std::vector<uint64_t> dynamic;  // aligned to 16 by malloc
+  std::vector<Copies> copies;
   std::exception_ptr failure;
 };
 
@@ -122,6 +138,18 @@ void meet(Meeting& meeting) {
   suspend();
 }
 
+std::string at_block() {
+  return " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+         std::to_string(blockIdx.z) + ")";
+}
+
+void check_copies_done() {
+  Copies& copies = block.copies[threadIdx.x];
+  if (!copies.closed.empty() || !copies.open.empty())
+    throw std::runtime_error("emulator: thread " + std::to_string(threadIdx.x) +
+                             " returned before its asynchronous copies" + at_block());
+}
+
 void fibre_main() {
   arrive(nullptr, true);
   for (;;) {
@@ -131,6 +159,7 @@ void fibre_main() {
       threadIdx.x = current->thread;
       try {
         (*block.kernel)();
+        check_copies_done();
       } catch (...) {
         block.failure = std::current_exception();
       }
@@ -156,11 +185,6 @@ Fibre* idle_fibre() {
   return fibre;
 }
 
-std::string at_block() {
-  return " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
-         std::to_string(blockIdx.z) + ")";
-}
-
 [[noreturn]] void report_stuck() {
   std::string text = "emulator: threads wait for ever" + at_block() + ": " +
                      std::to_string(block.finished) + " of " + std::to_string(block.threads) +
@@ -178,6 +202,7 @@ std::string at_block() {
 void run_block() {
   block.started = block.finished = 0;
   for (auto& [site, bytes] : block.shared) std::fill(bytes.begin(), bytes.end(), char(0xff));
+  std::fill(block.dynamic.begin(), block.dynamic.end(), ~uint64_t{0});
   while (block.finished < block.threads) {
     if (!ready.empty()) {
       Fibre* fibre = ready.front();
@@ -192,13 +217,16 @@ void run_block() {
   }
 }
 
-void check_launch(dim3 grid, int threads) {
+void check_launch(dim3 grid, int threads, size_t shared_bytes) {
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ)
     throw std::runtime_error("emulator: invalid grid " + std::to_string(grid.x) + ", " +
                              std::to_string(grid.y) + ", " + std::to_string(grid.z));
   if (threads < 1 || threads > kMaxThreads)
     throw std::runtime_error("emulator: invalid block of " + std::to_string(threads) + " threads");
+  if (shared_bytes > kMaxDynamicBytes)
+    throw std::runtime_error("emulator: launch with " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
 }
 
 // After a failure fibres hang in the middle of their threads: all are thrown away.
@@ -210,14 +238,16 @@ void forget_fibres() {
 
 }  // namespace
 
-void run(dim3 grid, int threads, const std::function<void()>& kernel) {
-  check_launch(grid, threads);
+void run(dim3 grid, int threads, const std::function<void()>& kernel, size_t shared_bytes) {
+  check_launch(grid, threads, shared_bytes);
   block = Block{};
   block.kernel = &kernel;
   block.threads = threads;
   block.barrier.expected = threads;
   block.warps.resize((threads + 31) / 32);
   for (Warp& warp : block.warps) warp.meeting.expected = 32;
+  block.dynamic.resize((shared_bytes + 7) / 8);
+  block.copies.resize(threads);
   gridDim = grid;
   blockDim = dim3(threads);
   static bool upwards = false;
@@ -246,6 +276,60 @@ const uint64_t* exchange(uint64_t value) {
   values[lane] = value;
   meet(warp.meeting);
   return values;
+}
+
+MatrixPair& next_matrices() {
+  Warp& warp = block.warps[threadIdx.x / 32];
+  return warp.matrices[warp.matrix_turn[threadIdx.x % 32] ^= 1];
+}
+
+unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block.dynamic.data()); }
+
+void check_aligned(const void* pointer, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+    throw std::runtime_error(std::string("emulator: ") + what +
+                             " an address that is not aligned to 16" + at_block());
+}
+
+void load_words(uint32_t* words, int matrices, const void* row, bool transposed) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (lane < 8 * matrices) check_aligned(row, "load_matrices from");
+  const uint64_t* rows = exchange(reinterpret_cast<uintptr_t>(row));
+  for (int m = 0; m < matrices; ++m) {
+    auto at = [&](int r) { return reinterpret_cast<const char*>(rows[8 * m + r]); };
+    if (!transposed) {
+      std::memcpy(&words[m], at(g) + 4 * t, 4);
+    } else {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) std::memcpy(&pair[e], at(2 * t + e) + 2 * g, 2);
+      std::memcpy(&words[m], pair, 4);
+    }
+  }
+}
+
+void copy_async(void* to, const void* from, bool zeros) {
+  check_aligned(to, "asynchronous copy to");
+  if (!zeros) check_aligned(from, "asynchronous copy from");
+  block.copies[threadIdx.x].open.push_back({to, zeros ? nullptr : from});
+}
+
+void copy_async_commit() {
+  Copies& copies = block.copies[threadIdx.x];
+  copies.closed.push_back(std::move(copies.open));
+  copies.open.clear();
+}
+
+void copy_async_wait(int latest) {
+  auto& closed = block.copies[threadIdx.x].closed;
+  while (static_cast<int>(closed.size()) > latest) {
+    for (const Copy& copy : closed.front()) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    closed.pop_front();
+  }
 }
 
 void* shared_array(const void* site, size_t bytes) {

@@ -56,6 +56,62 @@ __global__ void take_shared() {
   half[0] = more[0] = 0;
 }
 
+using fastcls::cuda::copy_async;
+
+// A warp multiplies a [16, k] by b [8, k] transposed, 16 bytes of k at a time lying in rows of
+// shared memory; `mode` is the operands' type.
+enum Mode { kBf16, kF16, kTf32 };
+
+__global__ void multiply(int mode, int row_bytes, const void* a, const void* b, float* d) {
+  using namespace fastcls::cuda;
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x, pieces = row_bytes / 16;
+  for (int i = lane; i < 24 * pieces; i += 32) {
+    const char* from = i < 16 * pieces ? static_cast<const char*>(a) + 16 * i
+                                       : static_cast<const char*>(b) + 16 * (i - 16 * pieces);
+    std::memcpy(shared + i * 16, from, 16);
+  }
+  __syncthreads();
+  float sums[4] = {};
+  for (int depth = 0; depth < row_bytes; depth += 32) {
+    uint32_t left[4], right[4];
+    load_matrices(left, shared + lane % 16 * row_bytes + lane / 16 * 16 + depth);
+    load_matrices(right, shared + (16 + lane % 8) * row_bytes + lane / 8 % 2 * 16 + depth);
+    if (mode == kBf16) mma_bf16(sums, left, right[0], right[1]);
+    if (mode == kF16) mma_f16(sums, left, right[0], right[1]);
+    if (mode == kTf32) mma_tf32(sums, left, right[0], right[1]);
+  }
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// The same of halves with a [16 positions, 16], b [16 positions, 8], both read across their rows.
+__global__ void multiply_transposed(const void* a, const void* b, float* d) {
+  using namespace fastcls::cuda;
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x;
+  std::memcpy(shared + lane * 16, static_cast<const char*>(a) + lane * 16, 16);
+  if (lane < 16) std::memcpy(shared + 512 + lane * 16, static_cast<const char*>(b) + lane * 16, 16);
+  __syncthreads();
+  uint32_t left[4], right[2];
+  load_matrices_transposed(left, shared + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16);
+  load_matrices_transposed(right, shared + 512 + lane % 16 * 16);
+  float sums[4] = {};
+  mma_f16(sums, left, right[0], right[1]);
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// Copies one vector into the first of two places; waits for it if told to.
+__global__ void copy(int offset, bool wait, const char* from, char* to) {
+  DYNAMIC_SHARED(shared);
+  copy_async(shared, from + offset, false);
+  copy_async(shared + 16, nullptr, true);
+  fastcls::cuda::copy_async_commit();
+  if (wait) fastcls::cuda::copy_async_wait<0>();
+  std::memcpy(to, shared, 32);
+}
+
 // 0 and an empty message, or 1 and what the emulator reported.
 template <typename F>
 int reported(char* message, const F& f) {
@@ -102,4 +158,18 @@ PROBE probe_write_at(char* message, int index, float* out) {
 }
 PROBE probe_write_shared_at(char* message, int index) {
   return reported(message, [&] { run(1, 1, [&] { write_shared_at(index); }); });
+}
+PROBE probe_multiply(char* message, int mode, int row_bytes, const void* a, const void* b,
+                     float* d) {
+  return reported(message,
+                  [&] { run(1, 32, [&] { multiply(mode, row_bytes, a, b, d); }, 24 * row_bytes); });
+}
+PROBE probe_multiply_transposed(char* message, const void* a, const void* b, float* d) {
+  return reported(message, [&] { run(1, 32, [&] { multiply_transposed(a, b, d); }, 768); });
+}
+PROBE probe_copy(char* message, int offset, int wait, const char* from, char* to) {
+  return reported(message, [&] { run(1, 1, [&] { copy(offset, wait, from, to); }, 32); });
+}
+PROBE probe_ask_shared(char* message, int bytes) {
+  return reported(message, [&] { run(1, 1, [] {}, bytes); });
 }

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from emulator import build
 
 HERE = Path(__file__).parent
@@ -15,7 +16,7 @@ SOURCES = [HERE / "emulator.cpp", HERE / "probes.cpp"]
 
 def call(name, *arguments):
     """Runs a probe; returns what the emulator reported, "" for nothing."""
-    library = ctypes.CDLL(str(build.build("probes", SOURCES)))
+    library = ctypes.CDLL(str(build.build("probes", SOURCES, build.torch_flags())))
     message = ctypes.create_string_buffer(1000)
     getattr(library, f"probe_{name}")(message, *arguments)
     return message.value.decode()
@@ -102,6 +103,59 @@ def test_launches_that_no_device_takes_are_reported():
     assert "invalid grid" in call("launch", 0, 32)
     assert "invalid block of 1025 threads" in call("launch", 1, 1025)
     assert "65536 bytes of shared memory" in call("take_shared")
+
+
+def random_matrix(dtype, *shape):
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+@pytest.mark.parametrize(
+    "mode, dtype", [(0, torch.bfloat16), (1, torch.float16), (2, torch.float32)], ids=str
+)
+def test_fragments_multiply_as_matrices_do(mode, dtype):
+    depth = 48 if dtype != torch.float32 else 24
+    a, b = random_matrix(dtype, 16, depth), random_matrix(dtype, 8, depth)
+    d = torch.empty(16, 8)
+    row_bytes = depth * dtype.itemsize
+    assert call("multiply", mode, row_bytes, pointer(a), pointer(b), pointer(d)) == ""
+    assert torch.equal(d, a.float() @ b.float().T)
+
+
+def test_transposed_fragments_multiply_as_matrices_do():
+    a, b = random_matrix(torch.float16, 16, 16), random_matrix(torch.float16, 16, 8)
+    d = torch.empty(16, 8)
+    assert call("multiply_transposed", pointer(a), pointer(b), pointer(d)) == ""
+    assert torch.equal(d, a.float().T @ b.float())
+
+
+def test_tf32_products_drop_the_last_bits():
+    a, b, d = torch.full((16, 8), 1 + 2.0**-11), torch.ones(8, 8), torch.empty(16, 8)
+    assert call("multiply", 2, 32, pointer(a), pointer(b), pointer(d)) == ""
+    assert (d == 8).all()
+
+
+def test_asynchronous_copies():
+    aligned = torch.arange(64, dtype=torch.uint8)
+    assert aligned.data_ptr() % 16 == 0
+    out = torch.empty(32, dtype=torch.uint8)
+    assert call("copy", 16, 1, pointer(aligned), pointer(out)) == ""
+    assert torch.equal(out, torch.cat([aligned[16:32], torch.zeros(16, dtype=torch.uint8)]))
+    # Unless it is waited for, nothing has arrived, and that is reported too.
+    assert "returned before its asynchronous copies" in call(
+        "copy", 16, 0, pointer(aligned), pointer(out)
+    )
+    assert (out == 255).all()
+    report = call("copy", 8, 1, pointer(aligned), pointer(out))
+    assert "asynchronous copy from an address that is not aligned to 16" in report
+
+
+def test_more_shared_memory_than_a_device_gives_is_reported():
+    assert call("ask_shared", 99 << 10) == ""
+    assert "launch with 101377 bytes of shared memory" in call("ask_shared", (99 << 10) + 1)
 
 
 @pytest.mark.parametrize("probe", ["write_at", "write_shared_at"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CORNERS, REFERENCE, ConvCase
+from emulator import build as emulator
 from helpers import (
     LAYOUTS,
     assert_error_within_twice_native,
@@ -44,17 +45,58 @@ every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
+@pytest.fixture(params=["cpu", "cuda-emulated", "cuda"])
+def device(request, monkeypatch):
+    """Where the tensors are; "cuda-emulated" has the CUDA kernels run on tensors of the CPU."""
+    return use_device(request.param, monkeypatch, getattr(request.node, "callspec", None))
+
+
+@pytest.fixture(params=["cuda-emulated", "cuda"])
+def tf32_device(request, monkeypatch):
+    """Where float32 products may round their operands to tf32."""
+    device = use_device(request.param, monkeypatch)
+    monkeypatch.setattr(functional, "_allow_tf32", lambda x: x.dtype == torch.float32)
+    return device
+
+
+def use_device(name, monkeypatch, callspec=None):
+    if name == "cuda-emulated":
+        if callspec and not worth_emulating(**callspec.params):
+            pytest.skip("emulated: every layout with two dtypes, every dtype with two layouts")
+        monkeypatch.setattr(functional, "_ops", emulator.load())
+        return torch.device("cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    return torch.device(name)
+
+
+def worth_emulating(layout=None, dtypes=None, **_):
+    many_layouts = (DTYPES["float32"], DTYPES["bfloat16-float32"])
+    return layout in (None, "contiguous", "channels_last") or dtypes in (None, *many_layouts)
+
+
+# Tracing asks for the ops' fakes, which the emulated ones lack.
+not_emulated = pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
 def positional(case):
     return conv_block_arguments(**case.function_arguments)
 
 
 def forward_with_winner(x, w, b, case):
     """The op itself, as autograd calls it."""
-    return functional._ops.conv_block_forward(x, w, b, *positional(case), True)
+    return functional._ops.conv_block_forward(
+        x, w, b, *positional(case), True, functional._allow_tf32(x)
+    )
 
 
 def backward(grad_out, x, w, winner, case, needs=(True, True, True)):
-    return functional._ops.conv_block_backward(grad_out, x, w, winner, *positional(case), *needs)
+    tf32 = functional._allow_tf32(x)
+    return functional._ops.conv_block_backward(
+        grad_out, x, w, winner, *positional(case), *needs, tf32
+    )
 
 
 def decode(winner, case, conv_width):
@@ -137,6 +179,10 @@ def given_winner_gradients(x, w, b, grad_out, winner, case):
 @every_dtype
 @every_case
 def test_integers_are_bit_for_bit_native(case, dtypes, layout, device):
+    check_integers(case, dtypes, layout, device)
+
+
+def check_integers(case, dtypes, layout, device):
     dtype, weight_dtype = dtypes
     x, w, b, grad_out = integer_problem(case, layout == "expanded")
     expected, indices, shut, conv_width, expected_grads = integer_answer(case, layout == "expanded")
@@ -168,7 +214,11 @@ def test_integers_are_bit_for_bit_native(case, dtypes, layout, device):
 @every_dtype
 @every_case
 def test_error_is_within_twice_native(case, dtypes, layout, device):
-    x, w, b, grad_out = random_problem(case, dtypes, device)
+    check_error(case, random_problem(case, dtypes, device), layout)
+
+
+def check_error(case, problem, layout):
+    x, w, b, grad_out = problem
     in64 = [None if t is None else t.double() for t in (x, w, b, grad_out)]
     leaves = leaves_of(with_layout(x, layout), w, b)
     out = conv_block(*leaves, **case.function_arguments)
@@ -218,6 +268,51 @@ def native_gradients(x, w, b, grad_out, winner, case):
         ]
         results = [(a[0], *b[1:]) for a, b in zip(results, in32, strict=True)]
     return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@every_case
+def test_tf32_integers_are_bit_for_bit_native(case, layout, tf32_device):
+    check_integers(case, DTYPES["float32"], layout, tf32_device)
+
+
+def in_tf32(t):
+    """`t` without the 13 bits of the mantissa that tf32 has not."""
+    return t if t is None else (t.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+def has_overlap(case):
+    size, step = positional(case)[5:7]
+    return any(a > b for a, b in zip(size, step, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not has_overlap(c)], ids=lambda c: c.name)
+def test_tf32_error_is_within_twice_native_on_its_own_numbers(case, tf32_device):
+    """With operands that tf32 holds, products are exact: it is as good as float32.
+
+    Gradients of overlapping windows are added up before they are rounded, so they are left out.
+    """
+    problem = [in_tf32(t) for t in random_problem(case, DTYPES["float32"], tf32_device)]
+    check_error(case, problem, "channels_last")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tf32_rounds_operands_to_nearest(sign, channels, tf32_device):
+    ulp = 2.0**-10
+    rounded = {1 + 0.75 * ulp: 1 + ulp, 1 + 0.25 * ulp: 1.0}
+    for value, nearest in rounded.items():
+        x = torch.full((1, channels, 8, 8), sign * value, device=tf32_device)
+        w = torch.ones(16, channels, 1, 1, device=tf32_device)
+        arguments = {"activation": None, "pool_size": None}
+        for a, b in ((x, w), (torch.ones_like(x), w * sign * value)):
+            out = conv_block(*leaves_of(a, b), None, **arguments)
+            assert (out == sign * nearest * channels).all()
+        leaves = leaves_of(x, w)
+        out = conv_block(*leaves, None, **arguments)
+        grad_x, grad_w = gradients(out, leaves, torch.full_like(out, value))
+        assert (grad_x == nearest * 16).all()
+        assert (grad_w == sign * nearest * nearest * 64).all()
 
 
 @every_layout
@@ -295,19 +390,46 @@ LENGTHS = {  # what has the length, from the kernels' point of view
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("what", LENGTHS)
-def test_every_tail_length_is_the_scalar_kernel(what, layout):
+def test_every_tail_length_is_the_scalar_kernel(what, layout, device):
     """Any number of anything, against the scalar kernels, which serve float64: bit for bit."""
     for n in range(1, 40):
         case = LENGTHS[what](n)
         problem = [with_layout(t, layout) if t.dim() == 4 else t for t in integer_problem(case)]
         results = []
         for dtype in (torch.float32, torch.float64):
-            x, w, b, grad_out = (t.to(dtype) for t in problem)
+            x, w, b, grad_out = (t.to(device, dtype) for t in problem)
             out, winner = forward_with_winner(x, w, b, case)
             results.append((out, winner, *backward(grad_out, x, w, winner, case)))
         names = ["out", "winner", "grad_input", "grad_weight", "grad_bias"]
         for name, ours, exact in zip(names, *results, strict=True):
             assert torch.equal(ours.double(), exact.double()), (name, n)
+
+
+CUDA_PATHS = {
+    "deep2": "gemm",
+    "wide2": "gemm",
+    "vgg2": "gemm",
+    "mnist1": "direct",
+    "cifar1": "direct",
+    "alexnet1": "direct",
+    "overlap": "direct",
+    "odd-map": "gemm",
+    "groups": "general",
+    "wide-window": "general",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CUDA_PATHS)
+def test_path_can_be_asked_on_cuda(name, dtype, tf32_device):
+    case = BY_NAME[name]
+    x = torch.zeros(1, case.in_channels, case.height, case.width, device=tf32_device)
+    w = torch.zeros(case.weight_shape, device=tf32_device)
+    for tensors in ((x.to(dtype), w.to(dtype)), (x.to(dtype), w)):
+        path = functional.conv_block_path(*tensors, **case.function_arguments)
+        assert path == CUDA_PATHS[name]
+    double = functional.conv_block_path(x.double(), w.double(), **case.function_arguments)
+    assert double == "general"
 
 
 def test_no_grad_gives_the_same_output_and_no_graph(device):
@@ -650,6 +772,7 @@ def test_padding_by_name(padding, kernel, dilation, layout, device):
 # ---------------------------------------------------------------------------- PyTorch's machinery
 
 
+@not_emulated
 @pytest.mark.parametrize(
     "name, dtype, layout",
     [
@@ -766,6 +889,7 @@ def compiled_and_eager(case, dtype, device, layout="contiguous", **compile_argum
     return zip(*results, strict=True)
 
 
+@not_emulated
 @pytest.mark.parametrize(
     "name, dtype, layout",
     [
@@ -783,12 +907,14 @@ def test_compile_is_eager_bit_for_bit(name, dtype, layout, device):
         assert compiled.stride() == eager.stride()
 
 
+@not_emulated
 def test_compile_with_inductor(device):
     torch._dynamo.reset()
     for compiled, eager in compiled_and_eager(BY_NAME["cifar2"], "float32", device):
         torch.testing.assert_close(compiled, eager)
 
 
+@not_emulated
 def test_compile_once_for_every_batch_size(device):
     torch._dynamo.reset()
     case = BY_NAME["plain"]
@@ -809,6 +935,7 @@ def test_compile_once_for_every_batch_size(device):
     assert counter.frame_count == 1
 
 
+@not_emulated
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compile_under_autocast(dtype, device):
     torch._dynamo.reset()
@@ -1057,6 +1184,7 @@ def test_unknown_activation_is_a_value_error():
         conv_block(ones(1, 4, 8, 8), ones(6, 4, 3, 3), activation="gelu")
 
 
+@not_emulated
 @pytest.mark.parametrize("which", ["input", "weight", "bias"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_tensors_on_different_devices_are_an_error(which, grad, device):

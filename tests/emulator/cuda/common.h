@@ -12,8 +12,19 @@ class Launcher {
 
   template <typename... Params, typename... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, const Args&... args) const {
-    emulator::run(grid, threads, [&] { kernel(args...); });
+    with_shared(0, kernel, grid, threads, args...);
   }
+
+  template <typename... Params, typename... Args>
+  void with_shared(int64_t shared_bytes, void (*kernel)(Params...), dim3 grid, int threads,
+                   const Args&... args) const {
+    emulator::run(grid, threads, [&] { kernel(args...); }, shared_bytes);
+  }
+
+  // A small device with matrix units: few multiprocessors, so that blocks get several turns.
+  int arch() const { return 80; }
+  int multiprocessors() const { return 2; }
+  int64_t max_shared_bytes() const { return 99 << 10; }
 };
 
 }  // namespace fastcls::cuda

@@ -3,16 +3,20 @@
 // include path, so that kernels compile unchanged. Only what our kernels use is here.
 //
 // What it reports, as an exception out of the launch: a barrier or warp function that not all
-// threads reach, a launch that no device would take, too much shared memory. What it makes visible:
-// shared memory starts as NaN, threads run in turns as long as they can (upwards in one block,
-// downwards in the next), so that a missing barrier changes numbers; under AddressSanitizer each
-// shared array and each tensor ends in a red zone.
+// threads reach, a launch that no device would take, too much shared memory, an address that is not
+// aligned, asynchronous copies that nobody waits for. What it makes visible: shared memory starts
+// as NaN, asynchronous copies happen only when they are waited for, threads run in turns as long as
+// they can (upwards in one block, downwards in the next), so that a missing barrier changes
+// numbers; under AddressSanitizer each shared array and each tensor ends in a red zone.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #define __global__
 #define __device__
@@ -30,12 +34,16 @@ inline dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
 namespace fastcls::emulator {
 
 // Runs kernel() for every thread of the grid; throws std::runtime_error for the faults above.
-void run(dim3 grid, int threads, const std::function<void()>& kernel);
+// `shared_bytes` is what DYNAMIC_SHARED gives.
+void run(dim3 grid, int threads, const std::function<void()>& kernel, size_t shared_bytes = 0);
 
 void sync_block();
 void sync_warp();
 // Memory of the block that belongs to a declaration (`site`), the same for all its threads.
 void* shared_array(const void* site, size_t bytes);
+unsigned char* dynamic_shared();
+// Throws unless `pointer` is aligned to 16.
+void check_aligned(const void* pointer, const char* what);
 // All lanes of a warp pass a value of at most 8 bytes: returns the 32 values in lane order, valid
 // until the lane's next warp function.
 const uint64_t* exchange(uint64_t value);
@@ -50,6 +58,43 @@ T from_lane(T value, int lane) {
   return result;
 }
 
+// The operands of a warp's matrix product, as plain matrices that its lanes fill together.
+struct MatrixPair {
+  float a[16][16], b[16][8];
+};
+// Two in turns, like the values of exchange().
+MatrixPair& next_matrices();
+
+// d += a · b, see mma_bf16 in csrc/cuda/device.h. A 32-bit word holds kPerWord elements, and word w
+// of a lane starts at element kPerWord * w along k; to_floats(word, floats) takes it apart.
+template <int kPerWord, typename ToFloats>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+              const ToFloats& to_floats) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  MatrixPair& pair = next_matrices();
+  float elements[2];
+  for (int i = 0; i < 4; ++i) {
+    to_floats(a[i], elements);
+    for (int e = 0; e < kPerWord; ++e)
+      pair.a[g + i % 2 * 8][(t + i / 2 * 4) * kPerWord + e] = elements[e];
+  }
+  for (int i = 0; i < 2; ++i) {
+    to_floats(i == 0 ? b0 : b1, elements);
+    for (int e = 0; e < kPerWord; ++e) pair.b[(t + i * 4) * kPerWord + e][g] = elements[e];
+  }
+  sync_warp();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 8 * kPerWord; ++k)
+      d[i] += pair.a[g + i / 2 * 8][k] * pair.b[k][2 * t + i % 2];
+}
+
+// What a lane gets of matrices whose row addresses the lanes pass.
+void load_words(uint32_t* words, int matrices, const void* row, bool transposed);
+
+void copy_async(void* to, const void* from, bool zeros);
+void copy_async_commit();
+void copy_async_wait(int latest);
+
 }  // namespace fastcls::emulator
 
 namespace fastcls::cuda {
@@ -57,7 +102,59 @@ namespace fastcls::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emulator::load_words(r, 4, row, false);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulator::load_words(r, 4, row, true);
+}
+inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
+  emulator::load_words(r, 2, row, true);
+}
+
+template <typename Half>
+void mma_halves(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply<2>(d, a, b0, b1, [](uint32_t word, float (&out)[2]) {
+    Half halves[2];
+    std::memcpy(halves, &word, sizeof(word));
+    out[0] = halves[0], out[1] = halves[1];
+  });
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_halves<torch::headeronly::BFloat16>(d, a, b0, b1);
+}
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_halves<torch::headeronly::Half>(d, a, b0, b1);
+}
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply<1>(d, a, b0, b1, [](uint32_t word, float (&out)[2]) {
+    word &= 0xffffe000u;
+    std::memcpy(out, &word, sizeof(word));
+  });
+}
+
+// Half of the last bit kept is added; infinities and NaN stay what they are.
+inline uint32_t to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
+  return bits & 0xffffe000u;
+}
+
+inline void copy_async(void* to, const void* from, bool zeros) {
+  emulator::copy_async(to, from, zeros);
+}
+inline void copy_async_commit() { emulator::copy_async_commit(); }
+template <int kLatest>
+void copy_async_wait() {
+  emulator::copy_async_wait(kLatest);
+}
+
 }  // namespace fastcls::cuda
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
+
+#define DYNAMIC_SHARED(name) unsigned char* const name = fastcls::emulator::dynamic_shared()
 
 #define SHARED_ARRAY(type, name, count)              \
   static const char name##_site = 0;                 \

@@ -1,0 +1,673 @@
+// A conv block as a matrix product whose operands are never written to memory, on the matrix unit
+// or with float multiply-adds. Serves the forward pass (conv_block_forward.cu) and, as the
+// convolution of the gradient with the mirrored weight, dX (conv_block_backward_input.cu).
+//
+//   rows: positions of the conv map     columns: output channels     sum: taps x input channels
+//
+// A block owns `columns` output channels, whose weights stay in shared memory, and goes from box to
+// box of the outputs (GemmTile). Of the input only the patch under a box is loaded, once for all
+// taps, while the box before is multiplied. Where a row finds its operand for a tap is an address:
+// its own place in the patch plus the tap's. A thread holds the sums of one column's 2 x 2 window,
+// so that bias, ReLU, pool and winner happen in registers.
+//
+// A warp has kGroups x 32 rows and kTilesN x 8 columns. Its thread 4 g + t holds the sums of
+// fragment (m, n), sums[m][n][2 h + e], of row 16 m + 8 h + g and column 8 n + 2 t + e: the layout
+// of the matrix unit, kept by the float kernels too.
+#pragma once
+
+#include "conv_block.h"
+#include "cuda/common.h"
+#include "cuda/conv_block_kernels.h"
+#include "cuda/tiles.h"
+
+namespace fastcls::cuda {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// ---- arithmetic
+
+// 16 bytes of channels.
+template <typename Element>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(Element);
+  Element e[kSize];
+};
+
+template <typename To, typename From>
+__device__ inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Operands of type T in shared memory as `Element`; rounded() is what the unit would read of a
+// value.
+struct Bf16Math {
+  using Element = BFloat16;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
+  __device__ static Element rounded(float x) { return static_cast<BFloat16>(x); }
+  __device__ static void round(uint32_t (&)[4]) {}
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(d, a, b0, b1);
+  }
+};
+
+struct F16Math {
+  using Element = Half;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kF16;
+  __device__ static Element rounded(float x) { return static_cast<Half>(x); }
+  __device__ static void round(uint32_t (&)[4]) {}
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_f16(d, a, b0, b1);
+  }
+};
+
+struct Tf32Math {
+  using Element = float;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
+  __device__ static Element rounded(float x) { return bits_as<float>(to_tf32(x)); }
+  // Of what was copied from memory as it is.
+  __device__ static void round(uint32_t (&a)[4]) {
+    for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_as<float>(a[i]));
+  }
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_tf32(d, a, b0, b1);
+  }
+};
+
+struct FloatMath {
+  using Element = float;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kFloat;
+  __device__ static Element rounded(float x) { return x; }
+};
+
+template <typename Math>
+struct Layout {
+  static constexpr GemmConfig kConfig = gemm_config(Math::kArithmetic, false, 0);
+  static constexpr bool kMatrixUnit = kConfig.matrix_unit;
+  static constexpr int kGroups = kConfig.groups, kThreads = kConfig.warps * kWarpSize;
+};
+
+__device__ inline unsigned divide(unsigned n, const Divider& by) {
+  return by.divisor == 1 ? n : __umulhi(n, by.reciprocal);
+}
+
+// Quotient and, in `n`, remainder.
+__device__ inline int split(unsigned& n, const Divider& by) {
+  const unsigned quotient = divide(n, by), rest = n - quotient * by.divisor;
+  n = quotient;
+  return static_cast<int>(rest);
+}
+
+// Calls f(math) with a value of the arithmetic's type.
+template <typename F>
+void dispatch_arithmetic(Arithmetic a, const F& f) {
+  switch (a) {
+    case Arithmetic::kBf16:
+      return f(Bf16Math{});
+    case Arithmetic::kF16:
+      return f(F16Math{});
+    case Arithmetic::kTf32:
+      return f(Tf32Math{});
+    case Arithmetic::kFloat:
+      return f(FloatMath{});
+  }
+}
+
+// ---- where things are
+
+// The box that a block works at: its first image and output, and the first pixel of its patch.
+struct Box {
+  int64_t n;
+  int out_h, out_w, conv_h, conv_w, h, w;
+};
+
+__device__ inline Box box_at(const ConvBlockShape& s, const GemmTile& t, unsigned i) {
+  Box b;
+  const unsigned boxes_w = t.boxes_w, boxes_h = t.boxes_h;
+  b.out_w = static_cast<int>(i % boxes_w) * t.box_w;
+  b.out_h = static_cast<int>(i / boxes_w % boxes_h) * t.box_h;
+  b.n = static_cast<int64_t>(i / boxes_w / boxes_h) * t.images;
+  b.conv_h = b.out_h * static_cast<int>(s.pool_stride_h) - static_cast<int>(s.pool_pad_h);
+  b.conv_w = b.out_w * static_cast<int>(s.pool_stride_w) - static_cast<int>(s.pool_pad_w);
+  b.h = b.conv_h * static_cast<int>(s.stride_h) - static_cast<int>(s.pad_h);
+  b.w = b.conv_w * static_cast<int>(s.stride_w) - static_cast<int>(s.pad_w);
+  return b;
+}
+
+// A unit of the box: image, row and column in it.
+struct Unit {
+  int image, y, x;
+};
+
+__device__ inline Unit unit_at(const GemmTile& t, int index) {
+  unsigned rest = index;
+  const int x = split(rest, t.by_unit_w), y = split(rest, t.by_unit_h);
+  return {static_cast<int>(rest), y, x};
+}
+
+// Bytes from the start of a row of the patch to its column x.
+__device__ inline int column_offset(const GemmTile& t, int x) {
+  if (t.interleave == 1) return x * t.pixel_bytes;
+  unsigned column = x;
+  const int phase = split(column, t.by_interleave);
+  return (phase * t.run + static_cast<int>(column)) * t.pixel_bytes;
+}
+
+// Where row (m, h) of lane group g has its first tap in the patch. Rows beyond the last unit read
+// the last one's pixels: their sums are not stored.
+template <int kGroups, bool kGather>
+__device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int m, int h, int g) {
+  const int warp = threadIdx.x / kWarpSize;
+  int index = (warp * kGroups * 2 + m) * 16 + h * 8 + g, below = 0, right = 0;
+  if (t.pooling == Pooling::kWindow) {
+    index = (warp * kGroups + m / 2) * 8 + g;
+    below = m % 2 * static_cast<int>(s.stride_h) * t.row_bytes;
+    // Otherwise this step is in the table of taps: see fill_table.
+    if (kGather) right = h * static_cast<int>(s.stride_w) * t.pixel_bytes;
+  }
+  const int last = static_cast<int>(t.units) - 1;
+  const Unit u = unit_at(t, index < last ? index : last);
+  return u.image * t.image_bytes + u.y * t.step_h * t.row_bytes + u.x * t.step_bytes + below +
+         right;
+}
+
+// The way from a row's first tap to its others: per tap, first for rows of the left half of a
+// window, then for those of the right; with kGather per element of the sum, -1 in its padding.
+template <typename Math, bool kGather>
+__device__ void fill_table(const ConvBlockShape& s, const GemmTile& t, int* table) {
+  const int kernel_w = static_cast<int>(s.kernel_w), C = static_cast<int>(s.C);
+  for (int i = threadIdx.x; i < t.table_entries; i += blockDim.x) {
+    const int tap = kGather ? i / C : i % t.taps, channel = kGather ? i % C : 0;
+    const int right = !kGather && i >= t.taps && t.pooling == Pooling::kWindow ? s.stride_w : 0;
+    const int row = tap / kernel_w * static_cast<int>(s.dilation_h);
+    const int column = tap % kernel_w * static_cast<int>(s.dilation_w) + right;
+    const int offset = row * t.row_bytes + column_offset(t, column) +
+                       channel * static_cast<int>(sizeof(typename Math::Element));
+    table[i] = kGather && tap >= t.taps ? -1 : offset;
+  }
+}
+
+// ---- loading
+
+// Calls source.load(to, n, c, h, w, inside) for every 16 bytes of channels of every pixel of the
+// patch, or with kGather for every pixel. Neighbouring threads take what lies side by side in
+// memory.
+template <typename Math, bool kGather, typename Source>
+__device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
+                           unsigned char* patch, const Box& box, int chunk) {
+  constexpr int kVector = Vector<typename Math::Element>::kSize;
+  const int vectors = kGather ? 1 : static_cast<int>(t.by_vectors.divisor);
+  const unsigned items = t.images * t.patch_h * t.patch_w * vectors;
+#pragma unroll 1  // the sums take most registers, and an item's own loads are many
+  for (unsigned item = threadIdx.x; item < items; item += blockDim.x) {
+    unsigned rest = item;
+    int vector = source.channels_inner ? split(rest, t.by_vectors) : 0;
+    const int x = split(rest, t.by_patch_w), y = split(rest, t.by_patch_h);
+    if (!source.channels_inner) vector = split(rest, t.by_vectors);
+    const int64_t n = box.n + rest;
+    const int h = box.h + y, w = box.w + x;
+    const bool inside = n < s.N && h >= 0 && h < s.H && w >= 0 && w < s.W;
+    unsigned char* to = patch + static_cast<int>(rest) * t.image_bytes + y * t.row_bytes +
+                        column_offset(t, x) + vector * 16;
+    source.load(s, to, n, chunk * t.channels + vector * kVector, h, w, inside);
+  }
+}
+
+// The input as the product's operand: copied as it is.
+template <typename Math, bool kGather>
+struct InputSource {
+  using Element = typename Math::Element;
+  static constexpr bool kRounded = false;
+  View4<const Element> x;  // [N, C, H, W]
+  bool channels_inner;     // in memory
+  bool async;              // channels lie in aligned 16-byte vectors
+
+  // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4); with kGather all of them.
+  __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t c, int h,
+                       int w, bool inside) const {
+    if constexpr (kGather) {
+      const Element* from = x.at(inside ? n : 0, 0, inside ? h : 0, inside ? w : 0);
+      for (int i = 0; i < s.C; ++i)
+        reinterpret_cast<Element*>(to)[i] = inside ? from[i * x.c] : Math::rounded(0.0f);
+    } else {
+      inside = inside && c < s.C;
+      const Element* from = inside ? x.at(n, c, h, w) : x.data;
+      if (async) return copy_async(to, from, !inside);
+      Vector<Element> v;
+#pragma unroll
+      for (int i = 0; i < v.kSize; ++i)
+        v.e[i] = inside && c + i < s.C ? from[i * x.c] : Math::rounded(0.0f);
+      *reinterpret_cast<Vector<Element>*>(to) = v;
+    }
+  }
+};
+
+// A tensor whose channels lie in aligned 16-byte vectors.
+template <typename T>
+bool channels_are_vectors(const View4<T>& v, int64_t channels) {
+  constexpr int64_t kVector = Vector<T>::kSize;
+  const bool whole = v.n % kVector == 0 && v.h % kVector == 0 && v.w % kVector == 0;
+  return v.c == 1 && whole && channels % kVector == 0 &&
+         reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+}
+
+template <typename Math, bool kGather>
+InputSource<Math, kGather> input_source(const View4<const typename Math::Element>& x, int64_t C) {
+  return {x, x.c <= x.w, !kGather && channels_are_vectors(x, C)};
+}
+
+// The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
+struct GemmWeight {
+  const void* data;
+  bool wide;  // float, whatever the input is
+  int64_t column, channel, tap_h, tap_w;
+
+  template <typename T>
+  __device__ float at(int64_t offset) const {
+    return wide ? static_cast<const float*>(data)[offset]
+                : static_cast<float>(static_cast<const T*>(data)[offset]);
+  }
+};
+
+// Rows of weights, [columns] with kGather, else [taps, columns]; zeros where there is nothing.
+template <typename Math, int kTilesN, bool kGather>
+__device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const GemmWeight& weight,
+                             unsigned char* to, int column0, int chunk) {
+  using Element = typename Math::Element;
+  constexpr int kColumns = 8 * kTilesN, kBytes = sizeof(Element);
+  const int channels = kGather ? static_cast<int>(s.C) : t.channels;
+  const bool channels_inner = weight.channel < weight.column;
+  for (int i = threadIdx.x; i < kColumns * channels; i += blockDim.x) {
+    const int inner = channels_inner ? channels : kColumns;
+    const int column = channels_inner ? i / inner : i % inner;
+    const int channel = channels_inner ? i % inner : i / inner;
+    const int64_t k = column0 + column, c = static_cast<int64_t>(chunk) * channels + channel;
+    const bool inside = k < s.K && c < s.C;
+    const int64_t first = inside ? k * weight.column + c * weight.channel : 0;
+    int64_t row = first;
+    unsigned char* at = to + column * t.weight_row_bytes + channel * kBytes;
+    const int tap_bytes = kGather ? channels * kBytes : kColumns * t.weight_row_bytes;
+    for (int y = 0; y < s.kernel_h; ++y, row += weight.tap_h) {
+      int64_t offset = row;
+      for (int x = 0; x < s.kernel_w; ++x, offset += weight.tap_w, at += tap_bytes)
+        *reinterpret_cast<Element*>(at) = Math::rounded(inside ? weight.at<Element>(offset) : 0.0f);
+    }
+  }
+  if constexpr (kGather) {  // the padding of the sum
+    const int depth = t.depth_bytes / kBytes, used = t.taps * channels;
+    for (int i = threadIdx.x; i < kColumns * (depth - used); i += blockDim.x)
+      reinterpret_cast<Element*>(to + i % kColumns * t.weight_row_bytes)[used + i / kColumns] =
+          Math::rounded(0.0f);
+  }
+}
+
+// ---- multiplying
+
+// The 32-bit word of an operand that lies scattered over the patch. Zero in the sum's padding, for
+// no weight makes a NaN of the patch harmless.
+template <typename Math>
+__device__ uint32_t gathered_word(const unsigned char* row, const int* offsets) {
+  using Element = typename Math::Element;
+  if constexpr (sizeof(Element) == 4) {
+    return offsets[0] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(row + offsets[0]);
+  } else {
+    uint32_t word = 0;
+    for (int e = 0; e < 2; ++e)
+      if (offsets[e] >= 0)
+        word |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row + offsets[e]))
+                << (16 * e);
+    return word;
+  }
+}
+
+// sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
+// channels.
+template <typename Math, int kTilesN, bool kGather, bool kRound>
+__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
+                                  const unsigned char* patch, const unsigned char* weights,
+                                  const int* table,
+                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr int kM = 2 * Layout<Math>::kGroups, kPerWord = 4 / sizeof(typename Math::Element);
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, word = lane % 4;
+  // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
+  // bytes.
+  const int half = lane / 8 % 2, piece = lane / 16;
+  int rows[kM][2];
+  for (int m = 0; m < kM; ++m)
+    for (int h = 0; h < 2; ++h)
+      rows[m][h] = row_offset<Layout<Math>::kGroups, kGather>(s, t, m, kGather ? h : half,
+                                                              kGather ? g : lane % 8);
+  const int* tap_offsets = table + half * t.taps;
+  const unsigned char* b_row =
+      weights + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+
+  const int taps = kGather ? 1 : t.taps, tap_bytes = 8 * kTilesN * t.weight_row_bytes;
+  for (int tap = 0; tap < taps; ++tap, b_row += tap_bytes) {
+    const unsigned char* a_row = kGather ? patch : patch + tap_offsets[tap] + piece * 16;
+    for (int depth = 0; depth < t.depth_bytes; depth += 32) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        if constexpr (kGather) {
+          const int* offsets = table + depth / 4 * kPerWord + word * kPerWord;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            a[m][i] = gathered_word<Math>(a_row + rows[m][i % 2], offsets + i / 2 * 4 * kPerWord);
+        } else {
+          load_matrices(a[m], a_row + rows[m][0] + depth);
+        }
+        if constexpr (kRound) Math::round(a[m]);
+      }
+#pragma unroll
+      for (int n = 0; n < kTilesN; n += 2) {
+        uint32_t b[4];
+        load_matrices(b, b_row + n * 8 * t.weight_row_bytes + depth);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          Math::multiply(sums[m][n], a[m], b[0], b[1]);
+          Math::multiply(sums[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// The same with multiply-adds. A step of the sum is 4 floats.
+template <typename Math, int kTilesN, bool kGather>
+__device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
+                                const unsigned char* patch, const unsigned char* weights,
+                                const int* table,
+                                float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr int kM = 2 * Layout<Math>::kGroups;
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+  int rows[kM][2];
+  for (int m = 0; m < kM; ++m)
+    for (int h = 0; h < 2; ++h)
+      rows[m][h] = row_offset<Layout<Math>::kGroups, kGather>(s, t, m, h, g);
+  const unsigned char* b_row = weights + 2 * (lane % 4) * t.weight_row_bytes;
+
+  const int taps = kGather ? 1 : t.taps, tap_bytes = 8 * kTilesN * t.weight_row_bytes;
+  for (int tap = 0; tap < taps; ++tap, b_row += tap_bytes) {
+    const int left = kGather ? 0 : table[tap], right = kGather ? 0 : table[t.taps + tap];
+    for (int depth = 0; depth < t.depth_bytes; depth += 16) {
+      Vector<float> a[kM][2];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const unsigned char* row = patch + rows[m][h];
+          if constexpr (kGather) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              a[m][h].e[i] = bits_as<float>(gathered_word<Math>(row, table + depth / 4 + i));
+          } else {
+            row += (h ? right : left) + depth;
+            a[m][h] = *reinterpret_cast<const Vector<float>*>(row);
+          }
+        }
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const auto b = *reinterpret_cast<const Vector<float>*>(
+              b_row + (8 * n + e) * t.weight_row_bytes + depth);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+              for (int h = 0; h < 2; ++h) sums[m][n][2 * h + e] += a[m][h].e[i] * b.e[i];
+        }
+    }
+  }
+}
+
+// ---- storing
+
+template <typename T>
+struct GemmOutput {
+  View4<T> out;
+  Codes codes;
+  bool paired;  // two neighbouring channels lie in one aligned word
+};
+
+// The running maximum of a window by PyTorch's rule: the first in row-major order wins, but every
+// NaN takes over.
+struct Best {
+  float value = 0;
+  int place = Codes::kNone;  // none seen yet
+
+  __device__ void offer(float v, int at) {
+    if (v > value || v != v || place == Codes::kNone) value = v, place = at;
+  }
+  __device__ void close(bool relu) {
+    if (relu && value <= 0) value = 0, place = Codes::kNone;
+  }
+};
+
+// Outputs (n, k, h, w) and (n, k + 1, h, w).
+template <typename T>
+__device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to, int64_t n, int64_t k,
+                           int h, int w, Best (&best)[2]) {
+  if (k >= s.K) return;
+  best[0].close(s.relu), best[1].close(s.relu);
+  T* out = to.out.at(n, k, h, w);
+  const int64_t code = ((n * s.out_h + h) * s.out_w + w) * s.K + k;
+  if (to.paired) {
+    struct alignas(2 * sizeof(T)) Pair {
+      T e[2];
+    };
+    *reinterpret_cast<Pair*>(out) = {
+        {static_cast<T>(best[0].value), static_cast<T>(best[1].value)}};
+    to.codes.set_pair(code, best[0].place, best[1].place);
+    return;
+  }
+  *out = static_cast<T>(best[0].value);
+  to.codes.set(code, best[0].place);
+  if (k + 1 >= s.K) return;
+  out[to.out.c] = static_cast<T>(best[1].value);
+  to.codes.set(code + 1, best[1].place);
+}
+
+// Every row is an output.
+template <int kGroups, int kTilesN, typename T>
+__device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
+                              const Box& box, int64_t k0,
+                              const float (&sums)[2 * kGroups][kTilesN][4]) {
+  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+  for (int m = 0; m < 2 * kGroups; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int index = (warp * kGroups * 2 + m) * 16 + half * 8 + g;
+      const Unit u = unit_at(t, index);
+      const int64_t n = box.n + u.image;
+      const int h = box.out_h + u.y, w = box.out_w + u.x;
+      if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    // With pool padding the one position of a window may lie outside the map: never with a window
+    // of 1 x 1, whose padding is at most half of it.
+#pragma unroll
+      for (int tile = 0; tile < kTilesN; ++tile) {
+        Best best[2];
+        for (int e = 0; e < 2; ++e) best[e].offer(sums[m][tile][2 * half + e], 0);
+        store_pair(s, to, n, k0 + 8 * tile, h, w, best);
+      }
+    }
+}
+
+// Four rows of a thread are a window.
+template <int kGroups, int kTilesN, typename T>
+__device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
+                              const Box& box, int64_t k0,
+                              const float (&sums)[2 * kGroups][kTilesN][4]) {
+  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int index = (warp * kGroups + group) * 8 + g;
+    const Unit u = unit_at(t, index);
+    const int64_t n = box.n + u.image;
+    const int h = box.out_h + u.y, w = box.out_w + u.x;
+    if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
+    const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
+#pragma unroll
+    for (int tile = 0; tile < kTilesN; ++tile) {
+      Best best[2];
+#pragma unroll
+      for (int place = 0; place < 4; ++place) {
+        const int y = ch + place / 2, x = cw + place % 2;
+        if (y < 0 || y >= s.conv_h || x < 0 || x >= s.conv_w) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          best[e].offer(sums[2 * group + place / 2][tile][2 * (place % 2) + e], place);
+      }
+      store_pair(s, to, n, k0 + 8 * tile, h, w, best);
+    }
+  }
+}
+
+// Rows are positions of the conv map; they are pooled from shared memory, `map`
+// [rows, columns + 1] floats.
+template <int kGroups, int kTilesN, typename T>
+__device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
+                             const Box& box, int64_t column0, float* map,
+                             const float (&sums)[2 * kGroups][kTilesN][4]) {
+  constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1;
+  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+  for (int m = 0; m < 2 * kGroups; ++m)
+#pragma unroll
+    for (int tile = 0; tile < kTilesN; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow + 8 * tile +
+            2 * (threadIdx.x % 4) + i % 2] = sums[m][tile][i];
+  __syncthreads();
+  const int outputs = t.images * t.box_h * t.box_w;
+  for (int i = threadIdx.x; i < outputs * kColumns / 2; i += blockDim.x) {
+    const int column = i % (kColumns / 2) * 2, index = i / (kColumns / 2);
+    const int y = index / t.box_w % t.box_h, x = index % t.box_w, image = index / t.box_w / t.box_h;
+    const int64_t n = box.n + image;
+    const int h = box.out_h + y, w = box.out_w + x;
+    if (n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    const int dy = y * static_cast<int>(s.pool_stride_h),
+              dx = x * static_cast<int>(s.pool_stride_w);
+    Best best[2];
+    for (int py = 0; py < s.pool_h; ++py) {
+      if (box.conv_h + dy + py < 0 || box.conv_h + dy + py >= s.conv_h) continue;
+      for (int px = 0; px < s.pool_w; ++px) {
+        if (box.conv_w + dx + px < 0 || box.conv_w + dx + px >= s.conv_w) continue;
+        const int row = (image * t.unit_h + dy + py) * t.unit_w + dx + px;
+        for (int e = 0; e < 2; ++e)
+          best[e].offer(map[row * kRow + column + e], py * static_cast<int>(s.pool_w) + px);
+      }
+    }
+    store_pair(s, to, n, column0 + column, h, w, best);
+  }
+}
+
+// ---- the kernel
+
+// Grid: x shares out the boxes, y the output channels. Shared memory: weights, two patches, the map
+// to pool, bias, table.
+template <typename Math, int kTilesN, bool kGather, typename Source>
+__global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
+    gemm_kernel(ConvBlockShape s, GemmTile t, Source source, GemmWeight weight, const void* bias,
+                GemmOutput<typename Math::Element> to) {
+  constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
+  DYNAMIC_SHARED(shared);
+  unsigned char* const weights = shared;
+  unsigned char* const patches = weights + t.weight_bytes;
+  float* const map = reinterpret_cast<float*>(patches + 2 * t.patch_bytes);
+  float* const first = reinterpret_cast<float*>(patches + 2 * t.patch_bytes + t.map_bytes);
+  int* const table = reinterpret_cast<int*>(first + kColumns);
+  const int column0 = blockIdx.y * kColumns;
+
+  // 1. What stays the same for all boxes.
+  fill_table<Math, kGather>(s, t, table);
+  for (int k = threadIdx.x; k < kColumns; k += blockDim.x) {
+    const bool inside = bias && column0 + k < s.K;
+    GemmWeight values = weight;
+    values.data = bias;
+    first[k] = inside ? values.at<typename Math::Element>(column0 + k) : 0.0f;
+  }
+
+  // 2. The first patch, then in each stage the next one while this one is multiplied.
+  const int boxes = static_cast<int>(t.boxes);
+  const int turns = (boxes - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
+  const int stages = turns * t.chunks;
+  float sums[kM][kTilesN][4];
+  const auto load = [&](int stage) {
+    if (stage < stages) {
+      const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
+      load_patch<Math, kGather>(s, t, source, patches + stage % 2 * t.patch_bytes, box,
+                                stage % t.chunks);
+    }
+    copy_async_commit();
+  };
+  load(0);
+  for (int stage = 0; stage < stages; ++stage) {
+    const int chunk = stage % t.chunks;
+    load(stage + 1);
+    if (stage == 0 || t.chunks > 1)
+      load_weights<Math, kTilesN, kGather>(s, t, weight, weights, column0, chunk);
+    copy_async_wait<1>();
+    __syncthreads();
+
+    // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
+    if (chunk == 0)
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int m = 0; m < kM; ++m) sums[m][n][i] = first[8 * n + 2 * (threadIdx.x % 4) + i % 2];
+    const unsigned char* patch = patches + stage % 2 * t.patch_bytes;
+    if constexpr (Layout<Math>::kMatrixUnit)
+      multiply_matrices<Math, kTilesN, kGather, !Source::kRounded>(s, t, patch, weights, table,
+                                                                   sums);
+    else
+      multiply_floats<Math, kTilesN, kGather>(s, t, patch, weights, table, sums);
+
+    // 4. The outputs of the box.
+    if (chunk == t.chunks - 1) {
+      const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
+      const int64_t k0 = column0 + 2 * (threadIdx.x % 4);
+      if (t.pooling == Pooling::kNone)
+        store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
+      else if (t.pooling == Pooling::kWindow)
+        store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
+      else
+        store_pooled<Layout<Math>::kGroups, kTilesN>(s, t, to, box, column0, map, sums);
+    }
+    __syncthreads();  // patch and weights are free, and the map
+  }
+  copy_async_wait<0>();
+}
+
+// ---- launching
+
+// Persistent blocks: two per multiprocessor, as many as shared memory has room for.
+template <typename Math, int kTilesN, bool kGather, typename Source>
+void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile& t,
+                 const Source& source, const GemmWeight& weight, const void* bias,
+                 const GemmOutput<typename Math::Element>& to) {
+  const int64_t columns = ceil_div(s.K, 8 * kTilesN);
+  const int64_t at_once = std::max<int64_t>(2 * launch.multiprocessors() / columns, 1);
+  const int64_t turns = ceil_div(t.boxes, at_once);
+  launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kGather, Source>,
+                     dim3(ceil_div(t.boxes, turns), columns), Layout<Math>::kThreads, s, t, source,
+                     weight, bias, to);
+}
+
+// A tensor whose channels, two by two, lie in aligned words.
+template <typename T>
+bool channels_are_paired(const View4<T>& v, int64_t channels) {
+  const bool even = (v.n | v.h | v.w | channels) % 2 == 0;
+  return v.c == 1 && even && reinterpret_cast<uintptr_t>(v.data) % (2 * sizeof(T)) == 0;
+}
+
+}  // namespace fastcls::cuda
