@@ -1,4 +1,4 @@
-.PHONY: build test bench lint
+.PHONY: build test bench bench-gpu lint
 
 build:
 	python setup.py build_ext --inplace
@@ -8,6 +8,9 @@ test:
 
 bench:
 	python -m pytest bench/ --benchmark --json auto
+
+bench-gpu:
+	bash bench/gpu.sh
 
 lint:
 	ruff check .

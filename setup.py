@@ -152,7 +152,11 @@ def kernel_resources(log):
 
 def write_resources(log, target):
     """Adds this build's kernels to the file: one that had nothing to compile says nothing new."""
-    lines = dict(line.split("\t", 1) for line in target.read_text().splitlines()) if target.exists() else {}
+    lines = (
+        dict(line.split("\t", 1) for line in target.read_text().splitlines())
+        if target.exists()
+        else {}
+    )
     found = kernel_resources(log)
     names = sorted({name for _, name in found})
     if shutil.which("c++filt") and names:

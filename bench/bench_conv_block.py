@@ -1,11 +1,12 @@
 """conv_block against PyTorch: one layer, training (forward and backward) and inference."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from cases import REFERENCE, ConvCase
-from measure import rotate
+from measure import graphed, on_cuda, rotate
 from torch import nn
 
 from fastcls import FusedConvBlock
@@ -23,7 +24,11 @@ def is_first(case):
 
 def autocast(dtype):
     """Where the layer runs: bfloat16 means float32 parameters under autocast, as in training."""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    return (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.autocast(torch.get_default_device().type, dtype)
+    )
 
 
 def make_block(kind, case, memory_format=torch.contiguous_format):
@@ -102,12 +107,18 @@ def make_sides(case, mode, dtype, batch, peers):
         end = "-cl" if name.endswith("-cl") else ""
         kind = FusedConvBlock if name.startswith("fused") else NativeConvBlock
         block = make_block(kind, case, formats[end])
-        if name.startswith("compile"):
+        if "-max" in name:
+            block.compile(dynamic=False, mode="max-autotune")
+        elif name.startswith("compile"):
             block.compile(dynamic=False)
+        if "-graph" in name:
+            step = functools.partial(STEPS[mode], block, dtype)
+            return graphed([functools.partial(step, *tensors) for tensors in data[end]])
         turns = rotate(data[end])
         return lambda: STEPS[mode](block, dtype, *next(turns))
 
-    return {name: side(name) for name in ["fused", "fused-cl", *peers]}
+    ours = ["fused", "fused-cl", *(["fused-graph-cl"] if on_cuda() else [])]
+    return {name: side(name) for name in [*ours, *peers]}
 
 
 def check(case, mode, dtype, batch):

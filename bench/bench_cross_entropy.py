@@ -44,7 +44,11 @@ BUFFER_BYTES, MAX_BUFFERS = 128 << 20, 16
 
 
 def autocast(dtype):
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    return (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.autocast(torch.get_default_device().type, dtype)
+    )
 
 
 def make_data(case, dtype, batch):

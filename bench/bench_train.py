@@ -39,7 +39,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def autocast(dtype):
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    return (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.autocast(torch.get_default_device().type, dtype)
+    )
 
 
 def make_step(case, side, dtype):

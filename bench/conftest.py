@@ -5,17 +5,18 @@
 
 import datetime
 import gc
-import os
 
 import pytest
 import report
 import roofline
 import torch
-from measure import alternate
+from measure import alternate, on_cuda
 
 import fastcls
 
 PEERS = ["eager", "eager-cl", "compile", "compile-cl"]
+# On CUDA channels-last alone: eager, eager in CUDA graphs, where launches cost nothing, compiled.
+CUDA_PEERS = ["eager-cl", "eager-graph-cl", "compile-cl", "compile-max-cl"]
 QUICK_BATCH = 2
 
 
@@ -35,16 +36,28 @@ def pytest_addoption(parser):
         "--threads", type=_numbers, help="thread counts: 1,2 (default: one, and all cores)"
     )
     group.addoption("--only", type=_names, help="names of cases: mnist1,mnist2")
-    group.addoption("--peers", type=_names, default=PEERS, help=f"of {','.join(PEERS)}")
+    peers = sorted({*PEERS, *CUDA_PEERS})
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    group.addoption("--peers", type=_names, help=f"of {','.join(peers)}")
     group.addoption("--seconds", type=float, default=4.0, help="time per row (default: 4)")
     group.addoption("--json", metavar="FILE", help="keep the rows in FILE; auto: in bench/results")
 
 
 def pytest_configure(config):
-    if unknown := set(config.getoption("peers")) - set(PEERS):
-        raise pytest.UsageError(f"--peers: {', '.join(unknown)} not among {', '.join(PEERS)}")
+    known = CUDA_PEERS if config.getoption("device") == "cuda" else PEERS
+    config.option.peers = config.getoption("peers") or known
+    if unknown := set(config.option.peers) - set(known):
+        raise pytest.UsageError(f"--peers: {', '.join(unknown)} not among {', '.join(known)}")
+    if config.getoption("device") == "cuda" and torch.cuda.is_available():
+        torch.set_default_device("cuda")
     config.option.benchmark_quiet = True  # the summary below shows all sides, not ours alone
     config.rows = []
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="--device cuda, but torch finds no GPU"))
 
 
 def pytest_generate_tests(metafunc):
@@ -54,7 +67,9 @@ def pytest_generate_tests(metafunc):
     """
     measuring = metafunc.config.getoption("benchmark")
     if "threads" in metafunc.fixturenames:
-        counts = {1, torch.get_num_threads()} if measuring else {torch.get_num_threads()}
+        counts = {torch.get_num_threads()}
+        if measuring and metafunc.config.getoption("device") == "cpu":
+            counts |= {1}
         counts = sorted(metafunc.config.getoption("threads") or counts)
         metafunc.parametrize("threads", counts, ids=lambda n: f"{n}t", indirect=True)
     if "case" in metafunc.fixturenames:
@@ -115,15 +130,19 @@ def measure(request, threads):
 
 
 def _circumstances(row, threads):
+    info = fastcls.build_info()
+    isa, torch_isa = info["cpu_isa"], torch.backends.cpu.get_cpu_capability()
+    if on_cuda():
+        isa, torch_isa = "CUDA", f"CUDA {torch.version.cuda}, driver {roofline.driver()}"
     return {
         "peak_flops": roofline.peak_flops(getattr(torch, row["dtype"]), threads),
         "copy_bytes": roofline.copy_bandwidth(threads),
-        "cpu": roofline.cpu_model(),
-        "cores": os.cpu_count(),
-        "isa": fastcls.build_info()["cpu_isa"],
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu": roofline.device_name(),
+        "cores": roofline.cores(),
+        "isa": isa,
+        "torch_isa": torch_isa,
         "torch": torch.__version__,
-        "fastcls": fastcls.build_info()["fastcls"],
+        "fastcls": info["fastcls"],
         "date": datetime.date.today().isoformat(),
     }
 

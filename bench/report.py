@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -24,8 +23,8 @@ NONE = "–"  # in a cell without a value
 
 
 def machine_file():
-    """bench/results/<processor>-<cores>-cores.json"""
-    name = f"{roofline.cpu_model()} {os.cpu_count()} cores"
+    """bench/results/<processor or GPU>-<cores>-cores.json"""
+    name = f"{roofline.device_name()} {roofline.cores()} cores"
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
@@ -87,7 +86,10 @@ def _memory(row):
     return [f"{peaks[s] / 2**20:.0f}" if s in peaks else NONE for s in ("fused", "eager")]
 
 
-SIDES = ["fused", "fused-cl", "eager", "eager-cl", "compile", "compile-cl"]
+SIDES = [
+    *["fused", "fused-cl", "fused-graph-cl", "eager", "eager-cl", "eager-graph-cl"],
+    *["compile", "compile-cl", "compile-max-cl"],
+]
 HEAD = [
     *["op", "case", "mode", "dtype", "batch", "threads"],
     *["MB", "GFLOP"],

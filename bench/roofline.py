@@ -7,14 +7,16 @@ write. `python bench/roofline.py` prints both.
 
 import os
 import platform
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import torch
-from measure import clock_of, seconds_of
+from measure import clock_of, on_cuda, seconds_of
 
 MATRIX, SMALL_MATRIX = 2048, 256
-COPY_BYTES = 256 << 20
+GPU_MATRIX = 8192
+COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 2 << 30
 REPEATS = 5
 
 
@@ -40,7 +42,7 @@ def peak_flops(dtype, threads):
     def measured():
         # Half precision without instructions for it can be a thousand times slower: try it small.
         fastest = max({torch.float32, dtype}, key=lambda d: _matrix_product_rate(d, SMALL_MATRIX))
-        return _matrix_product_rate(fastest, MATRIX)
+        return _matrix_product_rate(fastest, GPU_MATRIX if on_cuda() else MATRIX)
 
     return _at_threads(threads, measured)
 
@@ -50,9 +52,10 @@ def copy_bandwidth(threads):
     """Bytes/s, read plus written, of a large copy at this many threads."""
 
     def measured():
-        source = torch.ones(COPY_BYTES // 4)
+        size = GPU_COPY_BYTES if on_cuda() else COPY_BYTES
+        source = torch.ones(size // 4)
         target = torch.empty_like(source)
-        return 2 * COPY_BYTES / _best(lambda: target.copy_(source))
+        return 2 * size / _best(lambda: target.copy_(source))
 
     return _at_threads(threads, measured)
 
@@ -74,6 +77,23 @@ def cpu_model():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def device_name():
+    return torch.cuda.get_device_name() if on_cuda() else cpu_model()
+
+
+def cores():
+    """Cores of the processor, multiprocessors of the GPU."""
+    if on_cuda():
+        return torch.cuda.get_device_properties().multi_processor_count
+    return os.cpu_count()
+
+
+def driver():
+    """Version of the GPU's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def main():

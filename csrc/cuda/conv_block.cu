@@ -32,13 +32,28 @@ std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int ar
   }
 }
 
-GemmPlan plan_of(const Launcher& launch, const ConvBlockShape& s, std::optional<Arithmetic> a,
-                 bool gather) {
-  return a ? gemm_plan(s, *a, gather, launch.arch(), launch.max_shared_bytes()) : GemmPlan{};
-}
-
 // Few channels would fill a step of the sum with padding.
 bool gathers(const ConvBlockShape& s) { return s.C <= 8; }
+
+GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s,
+                      std::optional<Arithmetic> a) {
+  return a ? gemm_plan(s, *a, gathers(s), 64, launch.arch(), launch.max_shared_bytes())
+           : GemmPlan{};
+}
+
+// Expanding the gradient takes the registers that more columns would need.
+GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
+                             std::optional<Arithmetic> a) {
+  return a && s.stride_h == 1 && s.stride_w == 1
+             ? gemm_plan(transposed(s), *a, false, 32, launch.arch(), launch.max_shared_bytes())
+             : GemmPlan{};
+}
+
+WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
+                                    std::optional<Arithmetic> a) {
+  return a ? weight_grad_plan(s, *a, gathers(s), launch.arch(), launch.max_shared_bytes())
+           : WeightGradPlan{};
+}
 
 }  // namespace
 
@@ -51,7 +66,7 @@ int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<i
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   const Launcher launch(input);
   const GemmPlan plan =
-      plan_of(launch, s, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()), gathers(s));
+      forward_plan(launch, s, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()));
   return static_cast<int64_t>(!plan.exists()       ? ConvBlockPath::kGeneral
                               : plan.config.gather ? ConvBlockPath::kDirect
                                                    : ConvBlockPath::kGemm);
@@ -75,7 +90,7 @@ std::tuple<Tensor, Tensor> conv_block_forward(
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const ForwardTensors tensors{input, weight, flat_bias, out, codes_of(s, winner)};
   const auto arithmetic = arithmetic_of(input.scalar_type(), allow_tf32, launch.arch());
-  const GemmPlan plan = plan_of(launch, s, arithmetic, gathers(s));
+  const GemmPlan plan = forward_plan(launch, s, arithmetic);
   if (plan.exists())
     launch_gemm_forward(launch, s, plan, *arithmetic, tensors);
   else
@@ -105,19 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
                                 grad_input, grad_weight, grad_bias};
   const auto arithmetic = arithmetic_of(x_type, allow_tf32, launch.arch());
   if (grad_input.numel() > 0) {
-    const GemmPlan plan = s.stride_h == 1 && s.stride_w == 1
-                              ? plan_of(launch, transposed(s), arithmetic, /*gather=*/false)
-                              : GemmPlan{};
+    const GemmPlan plan = backward_input_plan(launch, s, arithmetic);
     if (plan.exists())
       launch_gemm_backward_input(launch, s, plan, *arithmetic, tensors);
     else
       launch_general_backward_input(launch, s, tensors);
   }
   if (grad_weight.numel() > 0 || grad_bias.numel() > 0) {
-    const WeightGradPlan plan =
-        arithmetic
-            ? weight_grad_plan(s, *arithmetic, gathers(s), launch.arch(), launch.max_shared_bytes())
-            : WeightGradPlan{};
+    const WeightGradPlan plan = backward_weight_plan(launch, s, arithmetic);
     if (plan.exists())
       launch_gemm_backward_weight(launch, s, plan, *arithmetic, tensors);
     else

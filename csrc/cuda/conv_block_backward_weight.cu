@@ -222,11 +222,12 @@ __device__ void store_bias_grad(const ConvBlockShape& s, int64_t k0, const float
 // channels. `s` is map_shape of the block's own; partial [parts, K, taps x C + 1]. Shared memory:
 // two patches, gradients, table of positions, room to add up.
 template <typename Math, bool kGather>
-__global__ void __launch_bounds__(kGradThreads)
+__global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math, kGather> source,
                        MapGrad<typename Math::Element> grad, float* partial) {
   constexpr int kSize = MapGrad<typename Math::Element>::kSize;
   const GemmTile& t = p.tile;
+  if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
   const int row_bytes = grad_row_bytes(p.config);
   unsigned char* const patches = shared;

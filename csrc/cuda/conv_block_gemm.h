@@ -578,6 +578,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     gemm_kernel(ConvBlockShape s, GemmTile t, Source source, GemmWeight weight, const void* bias,
                 GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
+  if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared;
   unsigned char* const patches = weights + t.weight_bytes;

@@ -29,6 +29,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 #define FASTCLS_SM80 0
 #endif
 
+// Ends the kernel with an error.
+__device__ inline void trap() { asm volatile("trap;"); }
+
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -269,13 +269,14 @@ struct GemmPlan {
 
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
 // for: with 160 KiB and more two blocks shall fit on a multiprocessor.
-constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool gather, int arch,
-                             int64_t max_shared) {
+constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool gather, int most_columns,
+                             int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
   constexpr int64_t kForTwo = 160 << 10;
   for (int64_t shared : {max_shared >= kForTwo ? max_shared / 2 : max_shared, max_shared})
     for (int columns : {64, 32}) {
-      if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
+      if (columns > most_columns || (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)))
+        continue;
       const GemmConfig c = gemm_config(a, gather, columns);
       const GemmTile t = gemm_tile(s, c, shared);
       if (t.units > 0 && t.boxes * t.chunks < std::numeric_limits<int32_t>::max()) return {c, t};

@@ -9,13 +9,14 @@ then also watches the emulated kernels:
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = Path(os.environ.get("FASTCLS_EMULATED_CSRC", HERE.parents[1] / "csrc"))
 BUILD = HERE.parents[1] / "build" / "emulator"  # objects and libraries, named by their content
 
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
@@ -51,6 +52,20 @@ def _digest(flags, *files):
     return digest.hexdigest()[:16]
 
 
+def _with_headers(source):
+    """The source and those of our headers that it includes, directly or not."""
+    found, left = [], [source]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.append(file)
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+        paths = [next((d / n for d in (HERE, CSRC) if (d / n).exists()), None) for n in names]
+        left += [path for path in paths if path]
+    return sorted(found)
+
+
 def _write(target, command):
     """Runs `command` + [target] unless that was done before; other processes see it whole."""
     if not target.exists():
@@ -73,10 +88,10 @@ def build(name, sources, flags=(), libraries=()):
         f"-I{CSRC}",
         *(SANITIZE * under_sanitizer()),
     ]
-    headers = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *HERE.glob("cuda/*.h")])
+    named = [f for f in flags if f != f"-I{CSRC}"]  # a copy of the same text is the same
 
     def compiled(source):
-        target = BUILD / f"{source.stem}-{_digest(flags, source, *headers)}.o"
+        target = BUILD / f"{source.stem}-{_digest(named, *_with_headers(source))}.o"
         return _write(target, ["g++", *flags, "-x", "c++", "-c", str(source), "-o"])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

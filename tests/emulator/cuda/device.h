@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -22,6 +23,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define FASTCLS_SM80 1
 
 struct dim3 {
   unsigned x, y, z;
@@ -101,6 +103,8 @@ namespace fastcls::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+inline void trap() { throw std::runtime_error("emulator: trap"); }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   emulator::load_words(r, 4, row, false);

@@ -1,0 +1,98 @@
+"""Faults put into the CUDA kernels on purpose: the op tests must see each of them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastcls
+
+TESTS = Path(__file__).resolve().parents[1]
+CSRC = TESTS.parent / "csrc"
+CONV, LOSS = "tests/ops/test_conv_block.py", "tests/ops/test_cross_entropy.py"
+
+# name: (file, its text, what becomes of it, test file, tests that are to fail)
+MUTATIONS = {
+    "barrier removed": (
+        "conv_block_backward_weight.cu",
+        "copy_async_wait<1>();\n    __syncthreads();",
+        "copy_async_wait<1>();",
+        CONV,
+        "test_integers and emulated and deep3 and bfloat16-float32-contiguous",
+    ),
+    "edge of a tile off by one": (
+        "conv_block_backward_weight.cu",
+        "first + each < boxes ? first + each : boxes",
+        "first + each < boxes ? first + each : boxes - 1",
+        CONV,
+        "test_integers and emulated and deep3 and bfloat16-float32-contiguous",
+    ),
+    "wrong row of a fragment": (
+        "conv_block_backward_weight.cu",
+        "(step * 16 + lane / 16 * 8 + lane % 8) * row_bytes",
+        "(step * 16 + lane / 8 % 2 * 8 + lane % 8) * row_bytes",
+        CONV,
+        "test_integers and emulated and deep3 and bfloat16-float32-contiguous",
+    ),
+    "bounds check missing": (
+        "conv_block_backward_weight.cu",
+        "channel < t.channels && c < s.C ?",
+        "channel < t.channels ?",
+        CONV,
+        "test_integers and emulated and part-fragments and bfloat16-float32-contiguous",
+    ),
+    "accumulator not cleared": (
+        "conv_block_gemm.h",
+        "if (chunk == 0)",
+        "if (stage == 0)",
+        CONV,
+        "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
+    ),
+    "shuffle of the wrong width": (
+        "cross_entropy.cu",
+        "__shfl_xor_sync(kFullWarp, value, lanes)",
+        "__shfl_xor_sync(kFullWarp, value, lanes, 16)",
+        LOSS,
+        "emulated and test_cuda_kernels",
+    ),
+}
+
+
+def run_tests(csrc, file, selected):
+    return subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"],
+            *[str(TESTS.parent / file), "-k", selected],
+        ],
+        env={
+            **os.environ,
+            "FASTCLS_EMULATED_CSRC": str(csrc),
+            "PYTHONPATH": str(Path(fastcls.__file__).parents[1]),
+        },
+        cwd=TESTS,  # not the root, whose fastcls/ would hide the installed one
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(name, tmp_path):
+    file, text, replacement, tests, selected = MUTATIONS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    source = csrc / "cuda" / file
+    original = source.read_text()
+    assert original.count(text) == 1, f"{file} has no such text any more: {text}"
+    source.write_text(original.replace(text, replacement))
+    done = run_tests(csrc, tests, selected)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " failed" in done.stdout and "build failed" not in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("tests, selected", sorted({m[3:] for m in MUTATIONS.values()}))
+def test_without_a_mutation_they_pass(tests, selected):
+    done = run_tests(CSRC, tests, selected)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

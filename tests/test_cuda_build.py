@@ -1,0 +1,34 @@
+"""What the build says about the CUDA kernels, where there was an nvcc."""
+
+import re
+
+import pytest
+
+from fastcls import build_info
+from fastcls.info import kernel_resources
+
+FAST = re.compile(r"\b(gemm_kernel|weight_grad_kernel)<")
+
+
+@pytest.fixture
+def resources():
+    if not build_info()["cuda_archs"]:
+        pytest.skip("built without nvcc")
+    return kernel_resources()
+
+
+def test_every_kernel_is_there_for_every_architecture(resources):
+    kernels = {}
+    for name in resources:
+        arch, kernel = name.split(" ", 1)
+        kernels.setdefault(arch, set()).add(re.sub(r"_GLOBAL__N__\w+", "", kernel))
+    archs = {f"sm_{a.removesuffix('+PTX').replace('.', '')}" for a in build_info()["cuda_archs"]}
+    assert set(kernels) == archs
+    assert len({len(found) for found in kernels.values()}) == 1
+    assert any(FAST.search(kernel) for kernel in kernels["sm_80"])
+
+
+def test_fast_kernels_spill_nothing(resources):
+    fast = {name: text for name, text in resources.items() if FAST.search(name)}
+    assert fast
+    assert not {name: text for name, text in fast.items() if "spilled 0 B" not in text}
