@@ -94,7 +94,7 @@ def extension(name, sources, *, libraries, with_cuda=False):
         define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
         extra_compile_args={
             "cxx": cxx,
-            "nvcc": [*OPTIMISE, "--threads=2", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [*OPTIMISE, "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"],
         },
         depends=[str(h) for h in Path("csrc").rglob("*.h")],
         language="c++",
