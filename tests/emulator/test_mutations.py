@@ -1,4 +1,9 @@
-"""Faults put into the CUDA kernels on purpose: the op tests must see each of them."""
+"""Faults put into the CUDA kernels on purpose: the op tests must see each of them.
+
+Each is a compilation of its own, so this runs only when asked for:
+
+    FASTCLS_MUTATIONS=1 pytest tests/emulator/test_mutations.py
+"""
 
 import os
 import shutil
@@ -9,6 +14,10 @@ from pathlib import Path
 import pytest
 
 import fastcls
+
+pytestmark = pytest.mark.skipif(
+    "FASTCLS_MUTATIONS" not in os.environ, reason="takes minutes: set FASTCLS_MUTATIONS=1"
+)
 
 TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
@@ -88,8 +97,10 @@ def test_mutation_is_caught(name, tmp_path):
     assert original.count(text) == 1, f"{file} has no such text any more: {text}"
     source.write_text(original.replace(text, replacement))
     done = run_tests(csrc, tests, selected)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " failed" in done.stdout and "build failed" not in done.stdout, done.stdout[-3000:]
+    output = done.stdout[-3000:] + done.stderr[-3000:]
+    assert "build failed" not in output
+    crashed = done.returncode < 0  # memory was overwritten
+    assert crashed or (done.returncode == 1 and " failed" in done.stdout), output
 
 
 @pytest.mark.parametrize("tests, selected", sorted({m[3:] for m in MUTATIONS.values()}))
