@@ -5,6 +5,7 @@ import itertools
 import pickle
 import random
 import re
+import threading
 
 import nets
 import pytest
@@ -540,8 +541,12 @@ def test_fusing_twice_is_fusing_once():
 
 
 def test_blocks_made_by_hand_stay():
-    model = layers(FusedConvBlock(3, 4, 3), nn.Flatten())
-    assert isinstance(unfuse(fuse(model))[0], FusedConvBlock)
+    model = layers(FusedConvBlock(3, 4, 3), nn.ReLU(), FusedCrossEntropyLoss())
+    fused = fuse(model)
+    for m in (fused, unfuse(fused)):
+        assert repr(m) == repr(model)
+    rows = [(row.where, row.fused, row.reason) for row in fusion_report(fused)]
+    assert rows == [("0", True, "fused already"), ("2", True, "fused already")]
 
 
 def test_a_loss_by_itself():
@@ -569,6 +574,14 @@ def test_wrapped_models_are_refused(wrapped, name):
             TypeError, match=f"{function.__name__}: model must not be .* got {name}"
         ):
             function(model)
+
+
+def test_a_model_that_cannot_be_copied_is_told_of_inplace():
+    model = made(nets.LeNet)
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"LeNet cannot be copied \(.*\); inplace=True"):
+        fuse(model)
+    assert len(fusion_report(fuse(model, inplace=True)).fused) == 2
 
 
 def test_what_is_no_module_is_refused():
@@ -629,11 +642,19 @@ def test_both_choices_give_the_same_numbers(pays, activation, pool, monkeypatch)
 @pytest.mark.parametrize(
     "shape, weight, pool, needs_grad, pays",
     [
+        # First layers, without a pool.
         ((8, 3, 32, 32), (16, 3, 3, 3), None, True, True),
-        ((8, 64, 32, 32), (64, 64, 3, 3), None, True, False),
-        ((8, 64, 32, 32), (64, 64, 3, 3), 2, True, True),
+        ((8, 1, 28, 28), (32, 1, 3, 3), None, False, False),
+        # Without a pool: large maps, and for gradients many channels.
+        ((8, 64, 32, 32), (64, 64, 3, 3), None, True, True),
+        ((8, 32, 32, 32), (64, 32, 3, 3), None, True, False),
+        ((8, 32, 32, 32), (64, 32, 3, 3), None, False, True),
+        ((1, 512, 14, 14), (512, 512, 3, 3), None, True, False),
+        # With a pool: all but a large weight on a small map.
+        ((1, 32, 8, 8), (64, 32, 3, 3), 2, True, True),
         ((1, 512, 14, 14), (512, 512, 3, 3), 2, False, False),
-        ((64, 512, 28, 28), (512, 512, 3, 3), 2, True, True),
+        ((1, 512, 14, 14), (512, 512, 3, 3), 2, True, False),
+        ((4, 512, 14, 14), (512, 512, 3, 3), 2, True, True),
     ],
 )
 def test_choice_by_sizes(shape, weight, pool, needs_grad, pays):

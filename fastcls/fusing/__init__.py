@@ -32,7 +32,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: not a module, or one wrapped by torch.compile, torch.jit or a parallel wrapper:
-            fuse the model inside first.
+            fuse the model inside first; or one that ``copy.deepcopy`` cannot copy.
     """
     _check_model("fuse", model)
     model = unfuse(model, inplace=inplace)
@@ -81,4 +81,10 @@ def _twin(model):
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         tensors += [v for v in vars(module).values() if isinstance(v, torch.Tensor)]
-    return copy.deepcopy(model, {id(t): t for t in tensors})
+    try:
+        return copy.deepcopy(model, {id(t): t for t in tensors})
+    except Exception as error:  # of whatever the user's modules hold
+        raise TypeError(
+            f"fuse: {type(model).__name__} cannot be copied ({error}); "
+            "inplace=True changes the model itself"
+        ) from error

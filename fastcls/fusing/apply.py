@@ -84,7 +84,7 @@ def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
             else:
                 absorb(module)
     for row, (_, loss) in zip(plan.loss_rows(), plan.losses, strict=True):
-        if row.fused:
+        if not row.reason:
             swap_cross_entropy(loss)
 
 

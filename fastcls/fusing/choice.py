@@ -5,17 +5,17 @@ import torch.nn.functional as F
 
 from fastcls import functional
 
-# Measured on two AVX2 cores, float32, with the layers of VGG-16 and AlexNet:
-# bench/bench_fuse.py --benchmark -k layer
-FEW_CHANNELS = 4  # of a first layer: without a pool the fused op is faster up to there
+# Measured with the layers of VGG-16, AlexNet and SqueezeNet in float32 on two AVX2 cores.
+FEW_CHANNELS = 4  # of an image: next to no input to read again
+MANY_CHANNELS = 64  # from there on the gradients of a map without a pool are as fast as a library's
 LARGE_WEIGHT = 1 << 18  # elements; 1 MiB, beyond which preparing the weight takes its time
 
 
 def conv_block_pays(input, weight, pool_size, needs_grad, images=None):
     """Is the fused op faster than conv2d, max_pool2d and relu_ one after the other?
 
-    Without a pool the dense kernels of a library win, but for the few channels of an image. With
-    one they win where a large weight meets a small map.
+    With a pool it is, but for a large weight that meets a small map. Without one it is about as
+    fast as a library's dense kernels; it wins on large maps, where it saves a pass over them.
 
     Args:
         input, weight: as for ``functional.conv_block``.
@@ -25,13 +25,15 @@ def conv_block_pays(input, weight, pool_size, needs_grad, images=None):
     """
     if input.dtype == torch.float64:
         return False
-    few = weight.shape[1] <= FEW_CHANNELS
-    if pool_size is None or few or weight.numel() <= LARGE_WEIGHT:
-        return pool_size is not None or few
     n = input.shape[0] if images is None else images
     places = n * input.shape[-2] * input.shape[-1]
-    taps = weight.numel() // weight.shape[0]
-    return places >= taps // 4 if needs_grad else places >= 2 * taps
+    channels, taps = weight.shape[1], weight.numel() // weight.shape[0]
+    if pool_size is not None:
+        enough = taps // 8 if needs_grad else taps
+        return weight.numel() <= LARGE_WEIGHT or places >= enough
+    if channels <= FEW_CHANNELS:
+        return needs_grad or channels > 1
+    return places >= 4 * taps and (channels >= MANY_CHANNELS or not needs_grad)
 
 
 # Sizes are unknown while a graph for any batch size is made: reading them would tie it to some.

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastcls.fusing.chains import Chain, Link, View, signature
 from fastcls.fusing.report import FusionReport, Row
-from fastcls.fusing.steps import read_module
+from fastcls.fusing.steps import ALREADY, read_module
 from fastcls.fusing.tracing import CannotTrace, has_forward, is_leaf, trace_both_modes
 
 
@@ -226,13 +226,14 @@ def _row(group):
     links: list[Link] = chain.all_links
     names = " → ".join(link.what for link in links)
     if chain.refusal:
-        return Row(links[0].path, names, False, chain.refusal)
+        return Row(links[0].path, names, chain.refusal == ALREADY, chain.refusal)
     return Row(links[0].path, names, True, chain.ended)
 
 
 def _loss_row(path, module):
     step = read_module(module, path)
-    return Row(path, type(module).__name__, not step.refusal, step.refusal or "")
+    fused = step.refusal in (None, ALREADY)
+    return Row(path, type(module).__name__, fused, step.refusal or "")
 
 
 def _never_called(plan, owners):

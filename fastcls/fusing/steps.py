@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
+
 
 class Step(NamedTuple):
     """A node, read.
@@ -119,8 +121,13 @@ def read_module(module: nn.Module, name: str) -> Step | None:
     return None
 
 
+ALREADY = "fused already"
+
+
 def module_refusal(module: nn.Module, cls: type) -> str | None:
     """Why a call of ``module`` may do more than ``cls.forward``; None if it does just that."""
+    if type(module) in (FusedConvBlock, FusedCrossEntropyLoss):
+        return ALREADY
     if nn.utils.parametrize.is_parametrized(module):
         return f"{cls.__name__} is parametrized"
     if type(module) is not cls:

@@ -46,12 +46,12 @@ class _Watch:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Is it called as a whole: PyTorch's own layers, scripted modules?"""
+    """Is it called as a whole: PyTorch's own layers and ours, scripted modules?"""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     if type(module).forward is nn.Sequential.forward:
         return False
-    return type(module).__module__.startswith("torch.nn.")
+    return type(module).__module__.startswith(("torch.nn.", "fastcls.modules"))
 
 
 def has_forward(module: nn.Module) -> bool:
