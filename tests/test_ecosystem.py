@@ -95,7 +95,7 @@ def test_torchvision(name, chains, size, dtype, monkeypatch):
 # -------------------------------------------------------------------------------- torch.compile
 
 
-def swapped_graph(f, *inputs):
+def swapped_graph(f, *inputs, **options):
     """Names of the functions in the graph that the backend gives to Inductor, and f's result."""
     names = []
 
@@ -106,7 +106,7 @@ def swapped_graph(f, *inputs):
         return gm.forward
 
     torch._dynamo.reset()
-    result = torch.compile(f, backend=backend, fullgraph=True)(*inputs)
+    result = torch.compile(f, backend=backend, fullgraph=True, **options)(*inputs)
     return names, result
 
 
@@ -115,7 +115,8 @@ def swapped_graph(f, *inputs):
     [(LeNet, 2), (MnistExample, 2), (Normed, 0)],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_backend_swaps_a_training_step(make, blocks):
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_backend_swaps_a_training_step(make, blocks, dynamic):
     model = make().eval().train(make is Normed)  # dropout draws other numbers when compiled
     x, target = batch(model, 4)
 
@@ -123,7 +124,7 @@ def test_backend_swaps_a_training_step(make, blocks):
         out = model(x).flatten(1)
         return F.nll_loss(F.log_softmax(out, 1), target) + F.cross_entropy(out, target)
 
-    names, loss = swapped_graph(step, x, target)
+    names, loss = swapped_graph(step, x, target, dynamic=dynamic)
     assert names.count("conv_block") == blocks
     assert names.count("nll_of_log_softmax") == names.count("cross_entropy") == 1
     assert not {"nll_loss", "log_softmax"} & set(names[names.index("cross_entropy") :])
@@ -169,14 +170,14 @@ def test_backend_trains_with_inductor_at_any_batch_size():
     compiled = copy.deepcopy(native)
     step = torch.compile(
         lambda x, target: F.cross_entropy(compiled(x), target),
-        backend="fastcls" if _is_registered() else fastcls.fusing.dynamo.fastcls,
+        backend=fastcls.fusing.dynamo.fastcls,
         dynamic=True,
         fullgraph=True,
     )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (native, compiled)]
-    for n in (32, 32, 20, 48):
+    for n in (40, 40, 20, 48):
         x, target = batch(native, n)
         losses = [F.cross_entropy(native(x), target), step(x, target)]
         assert_close(losses[1], losses[0])
@@ -184,14 +185,13 @@ def test_backend_trains_with_inductor_at_any_batch_size():
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+    with torch.profiler.profile() as profile:
+        step(x, target)
+    assert {e.key: e.count for e in profile.key_averages()}[FORWARD] == 2
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for ours, expected in zip(compiled.parameters(), native.parameters(), strict=True):
         assert_close(ours, expected)
-
-
-def _is_registered():
-    return "fastcls" in torch._dynamo.list_backends()
 
 
 def test_backend_is_found_without_importing_fastcls(tmp_path):

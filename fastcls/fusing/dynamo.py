@@ -6,7 +6,7 @@ from torch import fx
 from fastcls import functional
 from fastcls.fusing import edits
 from fastcls.fusing.chains import Chain, View
-from fastcls.fusing.choice import TYPICAL_IMAGES, conv_block_pays
+from fastcls.fusing.choice import conv_block_pays
 from fastcls.fusing.steps import input_of
 from fastcls.fusing.tracing import Traced
 
@@ -52,21 +52,23 @@ def _is_swapped(chain: Chain, regions: bool) -> bool:
 
 
 def _pays(chain: Chain) -> bool:
-    """By the sizes at hand; a batch size that may change counts as a typical one."""
     step = chain.head.step
-    tensors = [_example(node) for node in (input_of(chain.head.node), step.arguments["weight"])]
-    if any(t is None for t in tensors):
+    nodes = input_of(chain.head.node), step.arguments["weight"]
+    examples = [n.meta.get("example_value") for n in nodes if isinstance(n, fx.Node)]
+    if len(examples) < 2 or None in examples or examples[0].dim() != 4:
         return False
-    input, weight = tensors
-    if input.dim() != 4 or any(isinstance(n, torch.SymInt) for n in input.shape[1:]):
-        return False
-    images = input.shape[0] if isinstance(input.shape[0], int) else TYPICAL_IMAGES
-    needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    return conv_block_pays(input, weight, _pool_size(chain), needs_grad, images)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in examples)
+    input, weight = map(_at_hand, examples)
+    return conv_block_pays(input, weight, _pool_size(chain), needs_grad)
 
 
-def _example(node):
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+def _at_hand(tensor):
+    """Of a tensor with sizes that may change, one with the sizes that it has now, without data.
+
+    To compare the sizes themselves would tie the graph to the outcome.
+    """
+    sizes = [n if isinstance(n, int) else n.node.hint for n in tensor.shape]
+    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
 
 def _pool_size(chain):
