@@ -38,7 +38,7 @@ def batches(loader):
     return loader.epoch() if isinstance(loader, MemoryBatches) else loader
 
 
-def test_loader(mnist, request):
+def test_loader(mnist, request, threads):
     loaders = make_loaders(mnist)
     ours, theirs = (batches(loader) for loader in loaders.values())
     for (images, labels), (images2, labels2) in zip(ours, theirs, strict=True):
@@ -50,10 +50,11 @@ def test_loader(mnist, request):
         name: lambda loader=loader: sum(len(labels) for _, labels in batches(loader))
         for name, loader in loaders.items()
     }
-    threads = torch.get_num_threads()
     times = alternate(request.getfixturevalue("benchmark"), sides, SECONDS, threads)
     rates = {name: IMAGES / median for name, (_, median, _) in times.items()}
     ratio = rates["memory"] / rates["loader"]
-    print(f"\n{rates['memory']:.0f} images/s from memory, {rates['loader']:.0f} by DataLoader and")
-    print(f"ToTensor: {ratio:.0f} times as many, {threads} threads")
+    print(
+        f"\nimages/s from memory {rates['memory']:.0f}, by DataLoader and ToTensor "
+        f"{rates['loader']:.0f}: {ratio:.0f} times as many, {threads} threads"
+    )
     assert ratio >= AT_LEAST

@@ -50,6 +50,11 @@ class Input:
         return x
 
 
+def to_floats(images: torch.Tensor) -> torch.Tensor:
+    """uint8 as float32 in 0..1; in two passes, of which PyTorch vectorises both."""
+    return images.float().div_(255)
+
+
 class Batches:
     """A labelled image set cut into float32 batches on one device.
 
@@ -115,6 +120,7 @@ class Batches:
             yield self.share.rows(first, first + self.size(step))
 
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """Floats in 0..1 normalised, in place."""
         if self._mean is not None:
             x.sub_(self._mean)
         if self._std is not None:
@@ -158,11 +164,12 @@ class MemoryBatches(Batches):
         if self.augment is not None:
             drawn = self.augment.draw(count, generator).to(self.device)
         for rows in self._rows(start):
-            chosen = rows if order is None else order[rows]
-            x = images[chosen] / 255
+            # index_select copies whole images, indexing with a tensor single bytes: 8 times slower.
+            chosen = images[rows] if order is None else images.index_select(0, order[rows])
+            x = to_floats(chosen)
             if drawn is not None:
                 x = self.augment(x, drawn[rows])
-            yield self._normalise(x), labels[chosen]
+            yield self._normalise(x), labels[rows] if order is None else labels[order[rows]]
 
     def first(self, count: int) -> ImageSet:
         return ImageSet(self.images[:count].cpu(), self.labels[:count].cpu())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastcls.config import Config
-from fastcls.data import Batches, Data, ImageSet, Input, shares_of
+from fastcls.data import Batches, Data, ImageSet, Input, shares_of, to_floats
 from fastcls.errors import UserError, import_extra
 
 
@@ -104,7 +104,7 @@ class FolderBatches(Batches):
         for batch, images in zip(chosen, loader, strict=True):
             images = images.to(self.device, non_blocking=True)
             labels = self.labels[batch].to(self.device, non_blocking=True)
-            yield self._normalise(images / 255), labels
+            yield self._normalise(to_floats(images)), labels
 
     def first(self, count: int) -> ImageSet:
         images = [self.files[0, index] for index in range(min(count, len(self.labels)))]

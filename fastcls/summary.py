@@ -21,7 +21,8 @@ class ClassFigures:
 
     @property
     def accuracy(self) -> float:
-        return self.right / self.tested if self.tested else float("nan")
+        """A fraction; there is none of a class without test images."""
+        return self.right / self.tested
 
 
 class Outcome:
@@ -83,7 +84,8 @@ class Outcome:
         width = max(5, *map(len, self.classes))
         lines.append(f"{'class':<{width}}  accuracy  right    of  trained on")
         lines += [
-            f"{c.name:<{width}}  {c.accuracy:>8.2%}  {c.right:>5}  {c.tested:>4}  {c.trained:>10}"
+            f"{c.name:<{width}}  {f'{c.accuracy:.2%}' if c.tested else '–':>8}"
+            f"  {c.right:>5}  {c.tested:>4}  {c.trained:>10}"
             for c in self.per_class()
         ]
         return "\n".join(lines)

@@ -11,10 +11,10 @@ from fastcls.models import MnistSpeed
 
 @dataclass(kw_only=True)
 class Config(config.Config):
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 128
     optimizer: str = "adam"
-    lr: float = 0.005
+    lr: float = 0.008
     schedule: str = "one-cycle"
     label_smoothing: float = 0.1
 
