@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastcls import recipes
 from fastcls.cli import main
-from fastcls.compare import Side, take_turns
+from fastcls.compare import Side, clock_name, take_turns
 from fastcls.data import digits
 from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, filter_photo
 from fastcls.predict import Predictor
@@ -131,6 +131,14 @@ def test_taking_turns_changes_no_number():
             losses += alone.finish_epoch()[1]
         assert side.losses == losses
         assert [len(turns) for turns in side.seconds] == [3, 3, 0]  # 23 steps, 10 in a turn
+
+
+def test_one_thread_is_timed_by_its_processor_time(monkeypatch):
+    cpu = torch.device("cpu")
+    for threads, name in ((1, "processor"), (2, "wall")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert clock_name(cpu) == name
+    assert clock_name(torch.device("cuda")) == "wall"
 
 
 def test_compare_tells_keeps_and_draws(tmp_path, capsys):
