@@ -30,7 +30,7 @@ def _forward(input, weight, bias, stride, padding, dilation, *_, out_shape=None,
 @register_flop_formula(_ops.conv_block_backward)
 def _backward(grad_out, input, weight, winner, *arguments, out_shape=None, **_):
     stride, padding, dilation = arguments[:3]
-    need_input, need_weight, _ = arguments[-3:]
+    need_input, need_weight = arguments[9:11]  # behind the nine of the geometry
     return (need_input + need_weight) * _conv_flops(input, weight, stride, padding, dilation)
 
 

@@ -464,6 +464,23 @@ def test_flop_counter(make):
     assert counts[0] == counts[1] > 0
 
 
+def test_flop_counter_of_the_ops_with_every_argument():
+    """A first layer's input needs no gradient; arguments behind the flags change nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ops, x, w = torch.ops.fastcls, torch.randn(2, 3, 9, 9), torch.randn(5, 3, 3, 3)
+    geometry = ([1, 1], [0, 0], [1, 1], 1, True, [2, 2], [2, 2], [0, 0], False)
+    flops = 2 * 2 * (5 * 7 * 7) * (3 * 3 * 3)
+    with FlopCounterMode(display=False) as forward:
+        out, winner = ops.conv_block_forward(x, w, None, *geometry, True)
+    assert forward.get_total_flops() == flops
+    for needs, passes in [((False, True, True), 1), ((True, True, True), 2)]:
+        for rest in [(), (True,)]:
+            with FlopCounterMode(display=False) as backward:
+                ops.conv_block_backward(out, x, w, winner, *geometry, *needs, *rest)
+            assert backward.get_total_flops() == passes * flops
+
+
 def test_profiler_names_the_ops():
     _, fused = pair(LeNet)
     x, target = batch(fused)
