@@ -140,6 +140,15 @@ def command(run: dict) -> str:
     return " ".join([run["recipe"], *options])
 
 
+def has_seed_0(run: dict, runs: list[dict]) -> bool:
+    """Whether there is a run of the recipe's own seed and otherwise the same settings."""
+    return any(r["settings"] == without_seed(run) for r in runs)
+
+
+def without_seed(run: dict) -> dict:
+    return {name: value for name, value in run["settings"].items() if name != "seed"}
+
+
 def conclusion(run: dict) -> str:
     summary = run["summary"]
     text = f"Best model, of epoch {summary['best_epoch']}: test loss {summary['test_loss']:.4f}, "
@@ -216,9 +225,13 @@ def document(runs: list[dict]) -> list[str]:
     for recipe in sorted({run["recipe"] for run in runs if run["kind"] == "train"}):
         mine = [r for r in runs if r["kind"] == "train" and r["recipe"] == recipe]
         lines += [f"### {recipe}", ""]
-        lines += train_section([run for run in mine if "seed" not in run["settings"]])
-        if len(mine) > 1 and any("seed" in run["settings"] for run in mine):
-            lines += seeds_section(mine)
+        lines += train_section(
+            [r for r in mine if "seed" not in r["settings"] or not has_seed_0(r, mine)]
+        )
+        for run in mine:
+            alike = [r for r in mine if without_seed(r) == without_seed(run)]
+            if len(alike) > 1 and run is alike[0]:
+                lines += seeds_section(alike)
     if speed := [run for run in runs if run["kind"] == "speed"]:
         lines += ["### mnist-speed", "", *speed_section(speed)]
     if compared := [run for run in runs if run["kind"] == "compare"]:
