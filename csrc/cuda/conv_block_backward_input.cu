@@ -22,7 +22,8 @@ struct GradSource {
   }
 };
 
-template <typename Math, int kTilesN>
+// 32 columns: see backward_input_plan.
+template <typename Math>
 void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, const GemmTile& tile,
                            const BackwardTensors& t) {
   using Element = typename Math::Element;
@@ -40,7 +41,7 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
                           -t.weight.stride(2),
                           -t.weight.stride(3)};
   const auto out = mutable_view<Element>(t.grad_input);
-  launch_gemm<Math, kTilesN, false>(
+  launch_gemm<Math, 4, false>(
       launch, transposed(s), tile, source, weight, nullptr,
       GemmOutput<Element>{out, Codes{nullptr, false}, channels_are_paired(out, s.C)});
 }
@@ -49,12 +50,8 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
 
 void launch_gemm_backward_input(const Launcher& launch, const ConvBlockShape& s,
                                 const GemmPlan& plan, Arithmetic a, const BackwardTensors& t) {
-  dispatch_arithmetic(a, [&](auto math) {
-    using Math = decltype(math);
-    if constexpr (Layout<Math>::kMatrixUnit)
-      if (plan.config.columns == 64) return launch_backward_input<Math, 8>(launch, s, plan.tile, t);
-    launch_backward_input<Math, 4>(launch, s, plan.tile, t);
-  });
+  dispatch_arithmetic(
+      a, [&](auto math) { launch_backward_input<decltype(math)>(launch, s, plan.tile, t); });
 }
 
 }  // namespace fastcls::cuda
