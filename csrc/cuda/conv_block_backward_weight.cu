@@ -42,11 +42,13 @@ __device__ int64_t grad_element(const ConvBlockShape& s, const GemmTile& t, int 
 
 // The gradients of the box's positions, [rows, channels], zeros after the last. Adds those of the
 // thread's own channels, which are the same ones all the time, to its place in `bias_sums`: shared
-// memory, for the sums of the product take most registers.
+// memory, for the sums of the product take most registers. With `rest`, what rounding has left out
+// of them instead.
 template <typename Math>
 __device__ void expand_grads(const ConvBlockShape& s, const GemmTile& t,
                              const MapGrad<typename Math::Element>& grad, const Box& box,
-                             int64_t k0, int row_bytes, unsigned char* to, float* bias_sums) {
+                             int64_t k0, int row_bytes, unsigned char* to, float* bias_sums,
+                             bool rest) {
   using Element = typename Math::Element;
   constexpr int kSize = Vector<Element>::kSize, kVectors = kGradChannels / kSize;
   static_assert(kGradThreads % kVectors == 0);
@@ -58,8 +60,12 @@ __device__ void expand_grads(const ConvBlockShape& s, const GemmTile& t,
     const int64_t n = box.n + u.image, k = k0 + vector * kSize;
     const int h = box.out_h + u.y, w = box.out_w + u.x;
     const bool inside = row < t.units && n < s.N && h < s.out_h && w < s.out_w && k < s.K;
-    grad.write(to + row * row_bytes + vector * 16, n, static_cast<int>(k), h, w, inside,
-               Math::rounded, bias_sums + threadIdx.x * kSize);
+    const auto rounded = [rest](float sum) {
+      const Element nearest = Math::rounded(sum);
+      return rest ? Math::rounded(sum - static_cast<float>(nearest)) : nearest;
+    };
+    grad.write(to + row * row_bytes + vector * 16, n, static_cast<int>(k), h, w, inside, rounded,
+               rest ? nullptr : bias_sums + threadIdx.x * kSize);
   }
 }
 
@@ -224,7 +230,7 @@ __device__ void store_bias_grad(const ConvBlockShape& s, int64_t k0, const float
 template <typename Math, bool kGather>
 __global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math, kGather> source,
-                       MapGrad<typename Math::Element> grad, float* partial) {
+                       MapGrad<typename Math::Element> grad, int parts, float* partial) {
   constexpr int kSize = MapGrad<typename Math::Element>::kSize;
   const GemmTile& t = p.tile;
   if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
@@ -260,12 +266,14 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   load(first);
   for (int i = first; i < last; ++i) {
     load(i + 1);
-    expand_grads<Math>(s, t, grad, box_at(s, t, i), k0, row_bytes, grads, room);
-    copy_async_wait<1>();
-    __syncthreads();
-    multiplier.run(t, grads, row_bytes, patches + (i - first) % 2 * t.patch_bytes, positions,
-                   warp_k, p.warps_k, sums);
-    __syncthreads();
+    for (int part = 0; part < parts; ++part) {
+      expand_grads<Math>(s, t, grad, box_at(s, t, i), k0, row_bytes, grads, room, part > 0);
+      copy_async_wait<1>();
+      __syncthreads();
+      multiplier.run(t, grads, row_bytes, patches + (i - first) % 2 * t.patch_bytes, positions,
+                     warp_k, p.warps_k, sums);
+      __syncthreads();
+    }
   }
   copy_async_wait<0>();
 
@@ -298,11 +306,15 @@ void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                             const WeightGradPlan& plan, const BackwardTensors& t,
                             const Tensor& partial) {
   using Element = typename Math::Element;
+  const auto grad = map_grad<Element>(s, const_view<Element>(t.grad_out), t.codes);
+  // The sum of two windows' half-precision gradients is no half-precision number, which a gradient
+  // of float parameters would show.
+  const bool wide = t.weight.scalar_type() == ScalarType::Float;
+  const int parts = grad.overlap && wide && sizeof(Element) == 2 ? 2 : 1;
   launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kGather>,
                      dim3(plan.splits, plan.channel_blocks * plan.tile.chunks), kGradThreads,
                      map_shape(s), plan,
-                     input_source<Math, kGather>(const_view<Element>(t.input), s.C),
-                     map_grad<Element>(s, const_view<Element>(t.grad_out), t.codes),
+                     input_source<Math, kGather>(const_view<Element>(t.input), s.C), grad, parts,
                      static_cast<float*>(partial.mutable_data_ptr()));
 }
 

@@ -12,6 +12,7 @@ struct MapGrad {
   View4<const T> g;                             // pooled gradient [N, K, out_h, out_w]
   Codes codes;
   bool vectors;  // gradients and codes of the channels lie in aligned vectors
+  bool overlap;  // a position may win in several windows
   int K, out_h, out_w, pool_h, pool_w, step_h, step_w, pad_h, pad_w;
 
   // Writes `rounded` of channels [k, k + kSize) at position (h, w) of the map to `to`, aligned to
@@ -91,6 +92,7 @@ MapGrad<T> map_grad(const ConvBlockShape& s, const View4<const T>& g, const Code
   return {g,
           codes,
           g.c == 1 && whole && aligned,
+          s.pool_h > s.pool_stride_h || s.pool_w > s.pool_stride_w,
           in32(s.K),
           in32(s.out_h),
           in32(s.out_w),

@@ -642,6 +642,7 @@ def test_output_and_gradient_keep_the_memory_format(name, layout, device):
     assert grads[1].is_contiguous()
 
 
+@not_emulated
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_one_channel_takes_the_format_of_input_or_weight(input_format, weight_format, device):

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from emulator import build as emulator
 from helpers import LAYOUTS, assert_error_within_twice_native, with_layout
 
 from fastcls import FusedCrossEntropyLoss, build_info, functional, reference
 from fastcls.functional import cross_entropy, cross_entropy_with_hits
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
-import build as emulator
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
