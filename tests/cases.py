@@ -126,7 +126,7 @@ CORNERS = [
     ConvCase("part-fragments", "channels that fill no fragment of a matrix unit", 13, 37, 9, 11,
              padding=1),
     ConvCase("channel-chunks", "more channels than a CUDA block's shared memory holds at a time",
-             100, 40, 6, 6, padding=1, batch=1),
+             100, 40, 6, 6, padding=1, batch=2),
     ConvCase("bands-overlap", "bands that share rows", 16, 8, 23, 224, padding=1, pool_size=3,
              pool_stride=2, pool_padding=1, batch=2),
 ]  # fmt: skip
