@@ -40,12 +40,12 @@ def is_channels_last(layout):
     return layout.startswith("channels_last")
 
 
-def assert_error_within_twice_native(ours, natives, exact, what, *, one_rounding=False):
+def assert_error_within_twice_native(ours, natives, exact, what, *, one_rounding=False, ulps=2):
     """Against `exact`, ours has at most twice native's error: largest and root mean square.
 
     Native's error is the larger one of `natives`: PyTorch has several kernels for one result, which
-    differ by a factor of three. Two ulps of the values are always allowed, where native happens to
-    be exact. In float64 `exact` is no better than `ours`, and long sums differ by more: 64 ulps.
+    differ by a factor of three. Two ulps of the values (``ulps``) are always allowed, where native
+    happens to be exact. In float64 `exact` is no better than `ours`, and long sums differ by more: 64 ulps.
     ``one_rounding``: half-precision results are rounded once, from float32 sums, which is all their
     error. The root mean square must then be native's: another rounding mode would double it.
     """
@@ -54,7 +54,7 @@ def assert_error_within_twice_native(ours, natives, exact, what, *, one_rounding
         return
     assert exact.isfinite().all(), f"{what}: the reference is not finite"
     eps = torch.finfo(ours.dtype).eps
-    ulps = 64 if ours.dtype == torch.float64 else 2
+    ulps = 64 if ours.dtype == torch.float64 else ulps
     half = one_rounding and ours.dtype in (torch.bfloat16, torch.float16)
     for norm, size, factor, floor in (
         ("max", lambda t: t.abs().max(), 2, ulps),

@@ -220,6 +220,7 @@ print(*{event.key for event in profile.key_averages()})
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        cwd=tmp_path,  # not the root, whose fastcls/ would hide the installed one
         capture_output=True,
         text=True,
     )

@@ -527,7 +527,7 @@ void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weig
   packed_weight.reserve(padded_K * s.kernel_h * s.kernel_w * s.C);
   pack_forward_weight(s, weight, packed_weight.data);
   packed_bias.reserve(padded_K);
-  std::copy_n(bias, s.K, packed_bias.data);
+  std::fill(std::copy_n(bias, s.K, packed_bias.data), packed_bias.data + padded_K, 0.f);
   if (winograd_serves(s)) {
     u.reserve(padded_K * kPositions * s.C);
     winograd_weight(s, packed_weight.data, u.data);

@@ -1,6 +1,7 @@
 """conv_block: forward, winners and gradients against PyTorch, on every case, dtype and layout."""
 
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -238,7 +239,9 @@ def check_error(case, problem, layout):
     names = ["grad_input", "grad_weight", "grad_bias"]
     for name, leaf, *grads in zip(names, leaves, ours, native_grads, exact_grads, strict=False):
         assert grads[0].dtype == leaf.dtype
-        assert_error_within_twice_native(*grads, name, one_rounding=True)
+        # The matrix units take sums over overlapping windows as two bfloat16: 16 bits, not 24.
+        ulps = 16 if name == "grad_weight" and w.dtype != x.dtype and has_overlap(case) else 2
+        assert_error_within_twice_native(*grads, name, one_rounding=True, ulps=ulps)
 
 
 def native_inputs(x, w, b):
@@ -476,6 +479,43 @@ def test_every_instruction_set(isa):
     ]
     tests = run(program)
     assert tests.returncode == 0, tests.stdout[-3000:]
+
+
+def digests():
+    """One line for each case: its name, layout and a hash of the block's output and gradients."""
+    for case in CASES:
+        for layout in ("contiguous", "channels_last"):
+            x, w, b, grad_out = random_problem(case, DTYPES["float32"], "cpu")
+            leaves = leaves_of(with_layout(x, layout), w, b)
+            out = conv_block(*leaves, **case.function_arguments)
+            results = [out.detach(), *gradients(out, leaves, with_layout(grad_out, layout))]
+            data = b"".join(t.contiguous().numpy().tobytes() for t in results)
+            print(case.name, layout, hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+def test_no_result_depends_on_what_was_in_memory_before():
+    """glibc fills what it hands out with the complement of MALLOC_PERTURB_: zeros, or 3.4e38.
+
+    Small blocks of its per-thread cache go unfilled, so it does without.
+    """
+    answers = []
+    for fill in ("255", "128"):
+        done = subprocess.run(
+            [sys.executable, "-c", "import test_conv_block; test_conv_block.digests()"],
+            env={
+                **os.environ,
+                "MALLOC_PERTURB_": fill,
+                "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers.append(done.stdout.splitlines())
+    assert answers[0] and answers[0] == answers[1]
 
 
 # ---------------------------------------------------------------------------------- semantics
