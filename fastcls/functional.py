@@ -452,9 +452,19 @@ def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothi
             return (outputs[0], outputs[2]) if count_hits else outputs[0]
         return _CrossEntropy.apply(input, (target, weight, settings, float_loss, count_hits))
     except RuntimeError as error:
-        if "target must have batch size" in str(error):  # PyTorch's type for this mistake
-            raise ValueError(str(error)) from None
-        raise
+        raise _in_native_type(error, ignore_index, label_smoothing) from None
+
+
+def _in_native_type(error, ignore_index, label_smoothing):
+    """The error of the type that PyTorch raises for the same mistake."""
+    text = str(error)
+    if "target must have batch size" in text:
+        return ValueError(text)
+    if "Expected a value of type 'int' for argument 'ignore_index'" in text:
+        return TypeError(f"cross_entropy: ignore_index must be an int, got {ignore_index!r}")
+    if "Expected a value of type 'float' for argument 'label_smoothing'" in text:
+        return TypeError(f"cross_entropy: label_smoothing must be a float, got {label_smoothing!r}")
+    return error
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -470,6 +480,8 @@ def _promote_probabilities(input, target, weight):
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
+    if not (input.is_floating_point() and dtype.is_floating_point):
+        return input, target, weight, False  # the op's own check says what is wrong
     if dtype == input.dtype:
         kept = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
         return input, target.to(dtype), kept, False

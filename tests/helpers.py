@@ -1,6 +1,7 @@
-"""Data, layouts and error bounds that the op tests share."""
+"""Data, layouts, error bounds and runs of a model that the tests share."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Memory layouts of a 4D tensor. Every one but "expanded" holds the values it is given.
 LAYOUTS = [
@@ -45,7 +46,8 @@ def assert_error_within_twice_native(ours, natives, exact, what, *, one_rounding
 
     Native's error is the larger one of `natives`: PyTorch has several kernels for one result, which
     differ by a factor of three. Two ulps of the values (``ulps``) are always allowed, where native
-    happens to be exact. In float64 `exact` is no better than `ours`, and long sums differ by more: 64 ulps.
+    happens to be exact. In float64 `exact` is no better than `ours`, and long sums differ by more:
+    64 ulps.
     ``one_rounding``: half-precision results are rounded once, from float32 sums, which is all their
     error. The root mean square must then be native's: another rounding mode would double it.
     """
@@ -71,3 +73,29 @@ def assert_same(ours, expected, what):
     torch.testing.assert_close(
         ours, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
     )
+
+
+class Calls(TorchDispatchMode):
+    """Counts the fused ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastcls":
+            self.ops.append(func._schema.name.removeprefix("fastcls::"))
+        return func(*args, **(kwargs or {}))
+
+
+def run_model(model, x, train):
+    """Output, gradients of input and parameters, and the fused ops that were called."""
+    model.train(train)
+    torch.manual_seed(1)  # of the dropouts
+    x = x.clone().requires_grad_()
+    with Calls() as calls:
+        out = model(x)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
+        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
+    return [out.detach(), *grads], calls.ops

@@ -11,39 +11,12 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same
+from helpers import Calls, assert_same, run_model
 from nets import Net, conv, layers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcls import FusedConvBlock, FusedCrossEntropyLoss, fuse, fusion_report, unfuse
 from fastcls.fusing import choice
-
-
-class _Calls(TorchDispatchMode):
-    """Counts the fused ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastcls":
-            self.ops.append(func._schema.name.removeprefix("fastcls::"))
-        return func(*args, **(kwargs or {}))
-
-
-def run(model, x, train):
-    """Output, gradients of input and parameters, and the fused ops that were called."""
-    model.train(train)
-    torch.manual_seed(1)  # of the dropouts
-    x = x.clone().requires_grad_()
-    with _Calls() as calls:
-        out = model(x)
-        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
-        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-        grads = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
-    return [out.detach(), *grads], calls.ops
 
 
 def images(model, n=3):
@@ -55,7 +28,7 @@ def images(model, n=3):
 def assert_equal_numbers(ours, native, x, modes=(True, False)):
     """Outputs and gradients in both modes; the fused ops that ``ours`` called in the last one."""
     for train in modes:
-        (results, ops), (expected, _) = run(ours, x, train), run(native, x, train)
+        (results, ops), (expected, _) = run_model(ours, x, train), run_model(native, x, train)
         for got, want in zip(results, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     return ops
@@ -176,7 +149,7 @@ def test_unfuse_brings_the_original_back(make, chains, ops):
     pairs = list(zip(back.modules(), native.modules(), strict=True))
     assert all(type(a) is type(b) and vars(a).keys() == vars(b).keys() for a, b in pairs)
     assert all(a is b for a, b in zip(back.parameters(), native.parameters(), strict=True))
-    (ours, fused_ops), (expected, _) = (run(m, images(native), False) for m in (back, native))
+    (ours, fused_ops), (expected, _) = (run_model(m, images(native), False) for m in (back, native))
     assert not fused_ops
     for a, b in zip(ours, expected, strict=True):
         assert_same(a, b, "unfused")
@@ -196,7 +169,7 @@ def test_copies_are_fused_and_have_their_own_parameters(make, chains, ops, dupli
     assert str(fusion_report(twin)) == str(fusion_report(fused))
     for train in (False, True):
         (ours, our_ops), (expected, expected_ops) = (
-            run(m, images(fused), train) for m in (twin, fused)
+            run_model(m, images(fused), train) for m in (twin, fused)
         )
         assert our_ops == expected_ops and (our_ops or train)
         for a, b in zip(ours, expected, strict=True):
@@ -466,7 +439,7 @@ def test_frozen_batch_norm_is_folded_in_training(monkeypatch):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
     torch.testing.assert_close(fused(images(native)), native(images(native)), rtol=1e-4, atol=1e-5)
-    with _Calls() as calls:
+    with Calls() as calls:
         fused(images(native))
     assert calls.ops == ["conv_block_forward"]
 

@@ -779,11 +779,21 @@ def error(exception, message, *args, **kwargs):
             Y,
             label_smoothing=1.5,
         ),
+        error(TypeError, "label_smoothing must be a float, got None", X, Y, label_smoothing=None),
+        error(TypeError, "ignore_index must be an int, got 1.5", X, Y, ignore_index=1.5),
+        error(TypeError, "ignore_index must be an int, got None", X, P, ignore_index=None),
         error(
             RuntimeError,
             "input must be float32, float64, bfloat16 or float16, got Long",
             X.long(),
             Y,
+        ),
+        pytest.param(
+            RuntimeError,
+            "input must be float32, float64, bfloat16 or float16, got Long",
+            (X.long(), P),
+            {},
+            id="integers with probabilities",
         ),
         error(
             RuntimeError,
