@@ -24,9 +24,10 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020A000000000000"  # 2.10, the oldest torch with all we call
-# One entry per generation that the kernels' fast paths distinguish. PTX of the last one serves
-# newer devices. Those that the compiler does not know are left out.
-DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# Code for one architecture runs on those of the same major version that came later; PTX serves what
+# is newer than all. Those that the compiler does not know are left out.
+DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]
+NEWEST_FEATURES = 80  # nothing in the kernels asks for a newer architecture
 
 
 def nvcc_output(nvcc, *args):
@@ -65,7 +66,12 @@ if CUDA_HOME:  # both are read when torch.utils.cpp_extension is imported or bui
     os.environ["CUDA_HOME"] = CUDA_HOME
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(CUDA_HOME))
 
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    _get_cuda_arch_flags,
+    include_paths,
+    library_paths,
+)
 
 DEBUG = os.environ.get("DEBUG", "0") == "1"
 OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
@@ -75,9 +81,23 @@ DEFINES = [
 ]
 
 
+def architecture_flags():
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, all that is newer from one PTX.
+
+    To make PTX of the kernels takes nvcc longer than to assemble it, so that one for each
+    architecture, as torch would have it, doubles the time.
+    """
+
+    def shared(flag):
+        return re.sub(r"compute_(\d+)a?", lambda m: f"compute_{min(int(m[1]), NEWEST_FEATURES)}", flag)
+
+    return sorted({shared(flag) for flag in _get_cuda_arch_flags()})
+
+
 def extension(name, sources, *, libraries, with_cuda=False):
-    cuda_dirs = {"include": [], "lib": []}
+    cuda_dirs, arch_flags = {"include": [], "lib": []}, []
     if with_cuda:
+        arch_flags = architecture_flags()
         cuda_dirs = {"include": [f"{CUDA_HOME}/include"], "lib": [f"{CUDA_HOME}/lib64"]}
     cxx = [*OPTIMISE, "-Wall", "-fvisibility=hidden"]
     return Extension(
@@ -94,7 +114,7 @@ def extension(name, sources, *, libraries, with_cuda=False):
         define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
         extra_compile_args={
             "cxx": cxx,
-            "nvcc": [*OPTIMISE, "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [*OPTIMISE, *arch_flags, "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"],
         },
         depends=[str(h) for h in Path("csrc").rglob("*.h")],
         language="c++",

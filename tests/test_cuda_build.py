@@ -28,9 +28,8 @@ def test_every_kernel_is_there_for_every_architecture(resources):
     assert any(FAST.search(kernel) for kernel in kernels["sm_80"])
 
 
-def test_fast_kernels_hardly_spill(resources):
-    """Two registers of the half-precision kernels with 64 columns, which have 128 in all."""
+def test_fast_kernels_do_not_spill(resources):
     fast = {name: text for name, text in resources.items() if FAST.search(name)}
     assert fast
     spilled = {name: int(re.search(r"spilled (\d+) B", text)[1]) for name, text in fast.items()}
-    assert not {name: count for name, count in spilled.items() if count > 16}
+    assert not {name: count for name, count in spilled.items() if count}

@@ -280,6 +280,7 @@ __device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const G
   constexpr int kColumns = 8 * kTilesN, kBytes = sizeof(Element);
   const int channels = kGather ? static_cast<int>(s.C) : t.channels;
   const bool channels_inner = weight.channel < weight.column;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kColumns * channels; i += blockDim.x) {
     const int inner = channels_inner ? channels : kColumns;
     const int column = channels_inner ? i / inner : i % inner;
@@ -290,6 +291,7 @@ __device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const G
     int64_t row = first;
     unsigned char* at = to + column * t.weight_row_bytes + channel * kBytes;
     const int tap_bytes = kGather ? channels * kBytes : kColumns * t.weight_row_bytes;
+#pragma unroll 1
     for (int y = 0; y < s.kernel_h; ++y, row += weight.tap_h) {
       int64_t offset = row;
       for (int x = 0; x < s.kernel_w; ++x, offset += weight.tap_w, at += tap_bytes)
@@ -448,14 +450,28 @@ struct Best {
   }
 };
 
-// Outputs (n, k, h, w) and (n, k + 1, h, w).
+// Where the outputs of one position lie, from channel k0 on.
 template <typename T>
-__device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to, int64_t n, int64_t k,
-                           int h, int w, Best (&best)[2]) {
-  if (k >= s.K) return;
+struct OutputPixel {
+  T* out;
+  int64_t code;
+  int channels;  // that follow
+
+  __device__ OutputPixel(const ConvBlockShape& s, const GemmOutput<T>& to, int64_t n, int64_t k0,
+                         int h, int w)
+      : out(to.out.at(n, k0, h, w)),
+        code(((n * s.out_h + h) * s.out_w + w) * s.K + k0),
+        channels(static_cast<int>(s.K - k0)) {}
+};
+
+// Channels k0 + k and k0 + k + 1 of the pixel.
+template <typename T>
+__device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to,
+                           const OutputPixel<T>& pixel, int k, Best (&best)[2]) {
+  if (k >= pixel.channels) return;
   best[0].close(s.relu), best[1].close(s.relu);
-  T* out = to.out.at(n, k, h, w);
-  const int64_t code = ((n * s.out_h + h) * s.out_w + w) * s.K + k;
+  T* out = pixel.out + k * to.out.c;
+  const int64_t code = pixel.code + k;
   if (to.paired) {
     struct alignas(2 * sizeof(T)) Pair {
       T e[2];
@@ -467,7 +483,7 @@ __device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to, int
   }
   *out = static_cast<T>(best[0].value);
   to.codes.set(code, best[0].place);
-  if (k + 1 >= s.K) return;
+  if (k + 1 >= pixel.channels) return;
   out[to.out.c] = static_cast<T>(best[1].value);
   to.codes.set(code + 1, best[1].place);
 }
@@ -487,13 +503,14 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
       const int64_t n = box.n + u.image;
       const int h = box.out_h + u.y, w = box.out_w + u.x;
       if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+      const OutputPixel<T> pixel(s, to, n, k0, h, w);
     // With pool padding the one position of a window may lie outside the map: never with a window
     // of 1 x 1, whose padding is at most half of it.
 #pragma unroll
       for (int tile = 0; tile < kTilesN; ++tile) {
         Best best[2];
         for (int e = 0; e < 2; ++e) best[e].offer(sums[m][tile][2 * half + e], 0);
-        store_pair(s, to, n, k0 + 8 * tile, h, w, best);
+        store_pair(s, to, pixel, 8 * tile, best);
       }
     }
 }
@@ -511,6 +528,7 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
     const int64_t n = box.n + u.image;
     const int h = box.out_h + u.y, w = box.out_w + u.x;
     if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    const OutputPixel<T> pixel(s, to, n, k0, h, w);
     const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
     const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
 #pragma unroll
@@ -524,7 +542,7 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
         for (int e = 0; e < 2; ++e)
           best[e].offer(sums[2 * group + place / 2][tile][2 * (place % 2) + e], place);
       }
-      store_pair(s, to, n, k0 + 8 * tile, h, w, best);
+      store_pair(s, to, pixel, 8 * tile, best);
     }
   }
 }
@@ -565,7 +583,7 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
           best[e].offer(map[row * kRow + column + e], py * static_cast<int>(s.pool_w) + px);
       }
     }
-    store_pair(s, to, n, column0 + column, h, w, best);
+    store_pair(s, to, OutputPixel<T>(s, to, n, column0 + column, h, w), 0, best);
   }
 }
 
@@ -596,23 +614,23 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     first[k] = inside ? values.at<typename Math::Element>(column0 + k) : 0.0f;
   }
 
-  // 2. The first patch, then in each stage the next one while this one is multiplied.
+  // 2. In each stage the next patch is loaded while this one is multiplied, in the first one only
+  // loaded: the code for it is long, and is there once.
   const int boxes = static_cast<int>(t.boxes);
   const int turns = (boxes - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
   const int stages = turns * t.chunks;
   float sums[kM][kTilesN][4];
-  const auto load = [&](int stage) {
-    if (stage < stages) {
-      const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
-      load_patch<Math, kGather>(s, t, source, patches + stage % 2 * t.patch_bytes, box,
-                                stage % t.chunks);
+#pragma unroll 1
+  for (int stage = -1; stage < stages; ++stage) {
+    if (stage + 1 < stages) {
+      const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
+      load_patch<Math, kGather>(s, t, source, patches + (stage + 1) % 2 * t.patch_bytes, box,
+                                (stage + 1) % t.chunks);
     }
     copy_async_commit();
-  };
-  load(0);
-  for (int stage = 0; stage < stages; ++stage) {
+    if (stage < 0) continue;
+
     const int chunk = stage % t.chunks;
-    load(stage + 1);
     if (stage == 0 || t.chunks > 1)
       load_weights<Math, kTilesN, kGather>(s, t, weight, weights, column0, chunk);
     copy_async_wait<1>();
