@@ -1,7 +1,15 @@
 """Fixtures shared by all tests."""
 
+import gc
+
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    """Ten thousand tests are many objects, which are there to stay: no collection goes over them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", "cuda"])

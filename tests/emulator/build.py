@@ -6,6 +6,7 @@ then also watches the emulated kernels:
     python tests/emulator/build.py pytest tests -k emulated
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -38,7 +39,8 @@ def sanitizer_environment():
 
 
 def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # a sanitizer slows g++ down
+    done = subprocess.run(command, capture_output=True, text=True, env=plain)
     if done.returncode:
         raise RuntimeError(
             f"emulator build failed: {' '.join(command)}\n{done.stdout}{done.stderr}"
@@ -67,22 +69,22 @@ def _with_headers(source):
 
 
 def _write(target, command):
-    """Runs `command` + [target] unless that was done before; other processes see it whole."""
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
-        _run([*command, str(partial)])
-        partial.replace(target)
+    """Runs `command` + [target] unless that was done before; of several processes one does it."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(f".partial{target.suffix}")
+            _run([*command, str(partial)])
+            partial.replace(target)
     return target
 
 
 def build(name, sources, flags=(), libraries=()):
     """Shared library of C++ sources (CUDA ones among them); cached by content."""
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", *flags]
-    # A checked longjmp takes a change of stacks for an error. The emulator's cuda/device.h and
-    # cuda/common.h are found before those of csrc.
+    # The emulator's cuda/device.h and cuda/common.h are found before those of csrc.
     flags += [
-        "-U_FORTIFY_SOURCE",
         "-Wno-unknown-pragmas",
         f"-I{HERE}",
         f"-I{CSRC}",

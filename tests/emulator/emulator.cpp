@@ -5,7 +5,6 @@
 // threads not yet started. Kernels without barriers thus run as a plain loop.
 #include "cuda/device.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,11 +31,17 @@ constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 << 10, kMaxDynamicBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
 
-// A fibre starts by setcontext, on its own stack. From then on it is left and resumed by _setjmp
-// and _longjmp, which unlike swapcontext make no system call.
+// A fibre starts by setcontext, on its own stack. From then on it is left and resumed by gcc's own
+// setjmp and longjmp: swapcontext makes a system call, and so does AddressSanitizer in longjmp.
+using Place = void* [5];
+
+__attribute__((noinline, noreturn, no_sanitize("address"))) void jump(Place& to) {
+  __builtin_longjmp(to, 1);
+}
+
 struct Fibre {
   ucontext_t start;
-  jmp_buf place;
+  Place place;
   bool started = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   int thread = 0;
@@ -86,7 +91,7 @@ std::vector<std::unique_ptr<Fibre>> fibres;
 std::vector<Fibre*> idle;  // fibres without a thread
 std::deque<Fibre*> ready;  // fibres whose thread may go on
 Fibre* current = nullptr;
-jmp_buf scheduler;
+Place scheduler;
 
 // AddressSanitizer has to know which stack is in use.
 #ifdef __SANITIZE_ADDRESS__
@@ -108,23 +113,23 @@ void leave(void**, const void*, size_t) {}
 void arrive(void*, bool) {}
 #endif
 
-void resume(Fibre* fibre) {
+__attribute__((noinline, no_sanitize("address"))) void resume(Fibre* fibre) {
   void* fake = nullptr;
   current = fibre;
   leave(&fake, fibre->stack.get(), kStackBytes);
-  if (_setjmp(scheduler) == 0) {
-    if (fibre->started) _longjmp(fibre->place, 1);
+  if (__builtin_setjmp(scheduler) == 0) {
+    if (fibre->started) jump(fibre->place);
     fibre->started = true;
     setcontext(&fibre->start);
   }
   arrive(fake, false);
 }
 
-void suspend() {
+__attribute__((noinline, no_sanitize("address"))) void suspend() {
   Fibre* self = current;
   void* fake = nullptr;
   leave(&fake, scheduler_stack, scheduler_stack_bytes);
-  if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+  if (__builtin_setjmp(self->place) == 0) jump(scheduler);
   arrive(fake, true);
   threadIdx.x = self->thread;
 }
