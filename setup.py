@@ -27,7 +27,7 @@ TORCH_TARGET_VERSION = "0x020A000000000000"  # 2.10, the oldest torch with all w
 # Code for one architecture runs on those of the same major version that came later; PTX serves what
 # is newer than all. Those that the compiler does not know are left out.
 DEFAULT_ARCHS = ["7.5", "8.0", "9.0", "10.0", "12.0"]
-NEWEST_FEATURES = 80  # nothing in the kernels asks for a newer architecture
+NEWEST_PTX = 80  # nothing in the kernels asks for a newer architecture
 
 
 def nvcc_output(nvcc, *args):
@@ -89,7 +89,7 @@ def architecture_flags():
     """
 
     def shared(flag):
-        return re.sub(r"compute_(\d+)a?", lambda m: f"compute_{min(int(m[1]), NEWEST_FEATURES)}", flag)
+        return re.sub(r"compute_(\d+)a?", lambda m: f"compute_{min(int(m[1]), NEWEST_PTX)}", flag)
 
     return sorted({shared(flag) for flag in _get_cuda_arch_flags()})
 

@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_collection_finish():
-    """Ten thousand tests are many objects, which are there to stay: no collection goes over them."""
+    """Ten thousand tests are there to stay: garbage collection need not go over them."""
     gc.collect()
     gc.freeze()
 
