@@ -192,8 +192,19 @@ def write_resources(log, target):
         target.write_text("".join(f"{k}\t{v}\n" for k, v in sorted(lines.items())))
 
 
+def check_compiler():
+    """torch's own message for a missing compiler is of version 0.0.0."""
+    for name in [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++"]:
+        if not shutil.which(name.split()[0]):
+            raise SystemExit(
+                f"fastcls: no C++ compiler: {name} is not to be found. Install g++ or clang with "
+                "C++20 (Debian and Ubuntu: apt install g++), or set CXX to the one to use"
+            )
+
+
 class Build(BuildExtension):
     def run(self):
+        check_compiler()
         print(summary(), flush=True)
         log = Path(self.build_temp) / "output.log"
         with output_copied_to(log):

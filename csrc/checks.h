@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -31,6 +32,14 @@ std::string message(const Args&... args) {
   do {                                                                         \
     if (!(condition)) throw std::runtime_error(fastcls::message(__VA_ARGS__)); \
   } while (0)
+
+inline std::string shape_string(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
 
 inline std::string shape_string(const Tensor& t) {
   std::ostringstream text;
@@ -83,8 +92,10 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle));
+  if (aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle) != 0)
+    throw std::runtime_error(message("not enough memory for a tensor of shape ",
+                                     shape_string(std::vector<int64_t>(sizes, sizes + dims)), ", ",
+                                     torch::headeronly::toString(dtype)));
   return Tensor(handle);
 }
 
@@ -137,12 +148,24 @@ struct ConvBlockArgs {
   bool ceil_mode;
 };
 
+// Up to here sums and products of two arguments fit 64 bits.
+constexpr int64_t kGreatestArgument = std::numeric_limits<int32_t>::max();
+
 inline void check_pair(const char* op, const char* name, const std::vector<int64_t>& pair,
                        int64_t least) {
   FASTCLS_CHECK(pair.size() == 2, op, ": ", name, " must have 2 values (height, width), got ",
                 pair.size());
   FASTCLS_CHECK(pair[0] >= least && pair[1] >= least, op, ": ", name, " must be at least ", least,
                 ", got (", pair[0], ", ", pair[1], ")");
+  FASTCLS_CHECK(pair[0] <= kGreatestArgument && pair[1] <= kGreatestArgument, op, ": ", name,
+                " must be at most ", kGreatestArgument, ", got (", pair[0], ", ", pair[1], ")");
+}
+
+// Offsets into a map, and sizes of buffers that hold one, must fit 64 bits with room to spare.
+inline void check_map(const char* op, const char* what, int64_t channels, int64_t h, int64_t w) {
+  const double size =
+      static_cast<double>(channels) * static_cast<double>(h) * static_cast<double>(w);
+  FASTCLS_CHECK(size < 1e18, op, ": the ", what, " is too large: ", channels, " x ", h, " x ", w);
 }
 
 inline void check_conv_block_types(const char* op, const Tensor& input, const Tensor& weight,
@@ -175,6 +198,8 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
   check_pair(op, "padding", args.padding, 0);
   check_pair(op, "dilation", args.dilation, 1);
   FASTCLS_CHECK(args.groups >= 1, op, ": groups must be at least 1, got ", args.groups);
+  FASTCLS_CHECK(args.groups <= kGreatestArgument, op, ": groups must be at most ",
+                kGreatestArgument, ", got ", args.groups);
 
   ConvBlockShape s{};
   s.N = input.size(0), s.C = input.size(1), s.H = input.size(2), s.W = input.size(3);
@@ -204,6 +229,8 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
                 s.W + 2 * s.pad_w, ")");
   s.conv_h = conv_out_size(s.H, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
   s.conv_w = conv_out_size(s.W, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
+  check_map(op, "padded input", s.C, s.H + 2 * s.pad_h, s.W + 2 * s.pad_w);
+  check_map(op, "conv map", s.K, s.conv_h, s.conv_w);
 
   const bool pool = !args.pool_size.empty();
   if (pool) {
@@ -215,6 +242,9 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
   s.pool_stride_h = pool ? args.pool_stride[0] : 1,
   s.pool_stride_w = pool ? args.pool_stride[1] : 1;
   s.pool_pad_h = pool ? args.pool_padding[0] : 0, s.pool_pad_w = pool ? args.pool_padding[1] : 0;
+  FASTCLS_CHECK(s.window() < kGreatestArgument, op, ": pool_size must be of fewer than ",
+                kGreatestArgument, " positions, whose codes are 32 bits wide, got (", s.pool_h,
+                ", ", s.pool_w, ")");
   FASTCLS_CHECK(2 * s.pool_pad_h <= s.pool_h && 2 * s.pool_pad_w <= s.pool_w, op,
                 ": pool_padding must be at most half of pool_size (", s.pool_h, ", ", s.pool_w,
                 "), got (", s.pool_pad_h, ", ", s.pool_pad_w, ")");
@@ -283,14 +313,6 @@ inline bool is_index(ScalarType type) {
     default:
       return false;
   }
-}
-
-inline std::string shape_string(const std::vector<int64_t>& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
 }
 
 // PyTorch's rule: a target of input's shape holds probabilities, any other holds indices.

@@ -45,11 +45,11 @@ class Config:
                 )
         for name in ("epochs", "batch_size", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value is not None or name != "patience") and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         for name in ("lr", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if (value is not None or name != "clip_norm") and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, got {value}")
         if not 0 <= self.label_smoothing <= 1:
             raise UserError(f"label_smoothing must be in 0..1, got {self.label_smoothing}")

@@ -47,6 +47,9 @@ def torchvision_set(name: str, root: Path) -> tuple[ImageSet, ImageSet, list[str
             )
     parts = [dataset(root, train=train) for train in (True, False)]
     classes = [name.partition(" - ")[0] for name in parts[0].classes]  # MNIST has "7 - seven"
+    for part in parts:
+        if not all(0 <= label < len(classes) for label in torch.as_tensor(part.targets).unique()):
+            raise UserError(f"{name} in {root} is damaged: a label is none of its classes")
     return *(_image_set(part) for part in parts), classes
 
 

@@ -43,7 +43,10 @@ class Predictor:
         known = {field.name for field in fields(module.Config)}
         config = module.Config(**{k: v for k, v in (settings | changes).items() if k in known})
         self.model = module.build_model(config, len(self.classes)).to(self.device).eval()
-        self.model.load_state_dict(weights)
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{checkpoint} has the weights of another model: {error}") from error
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

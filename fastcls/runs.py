@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -56,18 +57,21 @@ class RunFolder:
 
     def read_config(self) -> dict:
         try:
-            return json.loads(self.config.read_text())
+            config = json.loads(self.config.read_text())
         except FileNotFoundError:
             raise UserError(f"{self.path} holds no run to resume") from None
         except ValueError as error:
             raise UserError(f"{self.config} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config} cannot be read: it holds no settings")
+        return config
 
     def keep_records(self, epochs: int, steps: int) -> None:
         """Drop what was recorded after the checkpoint that a resumed run starts from."""
         for file, count in ((self.metrics, epochs), (self.steps, steps)):
             if file.exists():
-                kept = file.read_text().splitlines(keepends=True)[:count]
-                write_atomically(file, lambda path, kept=kept: path.write_text("".join(kept)))
+                kept = file.read_bytes().splitlines(keepends=True)[:count]
+                write_atomically(file, lambda path, kept=kept: path.write_bytes(b"".join(kept)))
 
 
 def append_records(file: Path, records: Iterable[dict]) -> None:
@@ -76,17 +80,31 @@ def append_records(file: Path, records: Iterable[dict]) -> None:
 
 
 def read_records(file: Path) -> list[dict]:
-    """The objects of a ``.jsonl`` file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The objects of a ``.jsonl`` file.
+
+    Raises:
+        UserError: a line is damaged; the message names it.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read: line {number}: {error}") from error
+    return records
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a new file and put it in place of ``file`` only when it is whole."""
     new = file.with_name(file.name + ".new")
-    write(new)
-    with new.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(new, file)
+    try:
+        write(new)
+        with new.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(new, file)
+    except BaseException:
+        new.unlink(missing_ok=True)  # on a full disk the rest of it would be in the way
+        raise
     folder = os.open(file.parent, os.O_RDONLY)  # the new name must outlive a power cut too
     os.fsync(folder)
     os.close(folder)
@@ -98,7 +116,22 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def save_checkpoint(file: Path, state: dict) -> None:
-    write_atomically(file, lambda path: torch.save(state, path))
+    """Write a checkpoint; the one before stays until the new one is whole.
+
+    Raises:
+        UserError: no room, or no permission.
+    """
+    try:
+        write_atomically(file, lambda path: torch.save(state, path))
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        raise UserError(
+            f"checkpoint {file} cannot be written: {_first_line(error)}; what was saved before is "
+            "whole: make room and continue with --resume"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load_checkpoint(file: Path, device: torch.device) -> dict:
@@ -108,10 +141,12 @@ def load_checkpoint(file: Path, device: torch.device) -> dict:
         UserError: the file is absent or damaged.
     """
     try:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever its reader trips over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {file} cannot be read: {reason}") from error
+        raise UserError(f"checkpoint {file} cannot be read: {_first_line(error)}") from error
 
 
 def configure(recipe: str, folder: RunFolder, resume: bool, changes: dict) -> Config:
@@ -138,7 +173,10 @@ def configure(recipe: str, folder: RunFolder, resume: bool, changes: dict) -> Co
                 f"a resumed run keeps its settings: {name} is {begun.get(name)}, not {value}"
             )
     known = {field.name for field in fields(config_type)}
-    return config_type(**{k: v for k, v in (begun | changes).items() if k in known})
+    try:
+        return config_type(**{k: v for k, v in (begun | changes).items() if k in known})
+    except TypeError as error:  # a setting of another type, or one is missing
+        raise UserError(f"{folder.config} is damaged: {error}") from error
 
 
 def run(
@@ -183,7 +221,7 @@ def run(
     writes = share.rank == 0
     trainer = Trainer(module, config, loaded, device, share, print if writes else lambda text: None)
     if begun:
-        trainer.load_state_dict(load_checkpoint(folder.last, device))
+        continue_run(trainer, folder)
     records = Records(folder, trainer, tensorboard) if writes else None
     state = trainer.state_dict()
     if writes:
@@ -206,6 +244,29 @@ def run(
         print(f"stopped and saved; continue with: fastcls train {recipe} --resume --out {out}")
     distributed.leave()
     return finished
+
+
+def continue_run(trainer: Trainer, folder: RunFolder) -> None:
+    """Bring the trainer to where the run's last checkpoint is.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of other settings than ``config.json`` tells.
+    """
+    state = load_checkpoint(folder.last, trainer.device)
+    try:
+        saved, told = (json.loads(json.dumps(c)) for c in (state["config"], asdict(trainer.config)))
+        for name in told.keys() & saved.keys() - set(CHANGEABLE):
+            if told[name] != saved[name]:
+                raise UserError(
+                    f"{folder.config} is damaged: {name} is {told[name]}, and {saved[name]} in "
+                    f"the checkpoint {folder.last.name}"
+                )
+        trainer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{folder.last} is no checkpoint to continue from ({_first_line(error)}): "
+            "put the run's own one back, or begin a new run"
+        ) from error
 
 
 def _load_in_turn(module, config: Config, root: Path, share: Share) -> Data:

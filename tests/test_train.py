@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from itertools import islice
 from pathlib import Path
@@ -345,6 +346,37 @@ def test_resume_after_kill_9(when, whole, tmp_path):
     assert len(read_records(tmp_path / "run" / "metrics.jsonl")) >= 1
     assert run("digits", tmp_path / "run", resume=True)
     assert_same_numbers(tmp_path / "run", whole)
+
+
+# From the second epoch on no file may be longer than this many bytes.
+FULL = {"a checkpoint": 10_000, "the records": 3 * 40}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_full_disk_is_told_and_nothing_is_lost(what, whole, tmp_path):
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from fastcls import runs\n"
+        "from fastcls.cli import main\n"
+        "torch.set_num_threads(1)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "epoch = runs.Records.epoch\n"
+        "def full(self, metrics, *others):\n"
+        "    if metrics['epoch'] == 2:\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({FULL[what]}, -1))\n"
+        "    epoch(self, metrics, *others)\n"
+        "runs.Records.epoch = full\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "run"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in BRIEF.items()]
+    child = run_child("-c", script, "train", "digits", "--out", str(out), *options)
+    assert child.returncode == 2, child.stderr
+    assert re.fullmatch(r"fastcls: .*(cannot be written: .*--resume|too large).*\n", child.stderr)
+    assert not list(out.glob("*.new"))
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    assert run("digits", out, resume=True)
+    assert_same_numbers(out, whole)
 
 
 def test_ctrl_c_saves_the_running_epoch(whole, tmp_path, monkeypatch, capsys):

@@ -110,8 +110,9 @@ void forward_general(const ConvBlockShape& s, const View4<const T>& x, const Vie
   // One unit of work is one pooled row of one image.
   parallel_for(0, s.N * s.out_h, 1, [&](int64_t begin, int64_t end) {
     const int64_t width = s.W + 2 * s.pad_w;
-    const int64_t max_in = (s.pool_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
-    std::vector<Acc> packed(max_in * width * s.C), conv(s.pool_h * s.conv_w * s.K);
+    const int64_t rows = std::min(s.pool_h, s.conv_h);  // of the conv map in one window
+    const int64_t max_in = (rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    std::vector<Acc> packed(max_in * width * s.C), conv(rows * s.conv_w * s.K);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / s.out_h, ph = unit % s.out_h;
       const int64_t h0 = ph * s.pool_stride_h - s.pool_pad_h;

@@ -269,6 +269,12 @@ double total_weight(const Problem<T, P, Acc>& problem, std::atomic<int64_t>* bad
   return sum;
 }
 
+// PyTorch's mean of rows without weight is NaN whatever their losses are: one of its parts is 0 /
+// 0.
+double mean_divisor(double weight) {
+  return weight == 0 ? std::numeric_limits<double>::quiet_NaN() : weight;
+}
+
 // In four sums, each waiting for its own last addition only.
 template <typename Acc>
 double sum_of(const Acc* values, int64_t n) {
@@ -290,7 +296,8 @@ BlockSum forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t s
   std::vector<BlockSum> sums(number_of_blocks(layout));
   std::atomic<int64_t> bad{layout.rows};
   const bool divide = save == kSaveGrad && reduction == kMean;
-  const Acc unit = divide ? static_cast<Acc>(1 / total_weight(problem, &bad)) : Acc(1);
+  const Acc unit =
+      divide ? static_cast<Acc>(1 / mean_divisor(total_weight(problem, &bad))) : Acc(1);
   if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
   const Kernels<T, P, Acc> kernels(problem.common);
   for_each_block(layout, kThreadElements, [&](int64_t i, int64_t begin, int64_t n) {
@@ -313,6 +320,7 @@ BlockSum forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t s
   BlockSum total;
   for (const BlockSum& sum : sums)
     total.loss += sum.loss, total.weight += sum.weight, total.hits += sum.hits;
+  total.weight = mean_divisor(total.weight);
   if (stats) stats[2 * layout.rows] = layout.C == 0 ? 0 : static_cast<Acc>(total.weight);
   return layout.C == 0 ? BlockSum{} : total;  // no logits: sums are 0 and means NaN, as in PyTorch
 }

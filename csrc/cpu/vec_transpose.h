@@ -80,7 +80,9 @@ template <typename T>
 inline void store4x2(T* p, int64_t distance, __m256 v) {
   const __m128i halves = to_half(v, p);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), halves);
-  _mm_storeh_pd(reinterpret_cast<double*>(p + distance), _mm_castsi128_pd(halves));
+  // Not _mm_storeh_pd: it writes a double, which must not lie at any address but its multiples
+  // of 8.
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + distance), _mm_unpackhi_epi64(halves, halves));
 }
 
 // Transposes the 4 x 4 floats in the lower halves of r, and those in the upper halves. Its own

@@ -239,6 +239,8 @@ __global__ void __launch_bounds__(kThreads)
   weight_sum = reduce_block(weight_sum);
   hit_sum = reduce_block(hit_sum);
   if (threadIdx.x != 0) return;
+  // PyTorch's mean of rows without weight is NaN whatever their losses are: one part is 0 / 0.
+  if (weight_sum == 0) weight_sum = kNaN<double>;
   const double value = mean ? loss_sum / weight_sum : loss_sum;
   if (hits) *hits = static_cast<int64_t>(hit_sum);
   if (divisor) *divisor = static_cast<Acc>(weight_sum);

@@ -12,7 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulator import build as emulator
-from helpers import LAYOUTS, assert_error_within_twice_native, with_layout
+from helpers import (
+    LAYOUTS,
+    assert_digests_do_not_depend_on_memory,
+    assert_error_within_twice_native,
+    digest,
+    with_layout,
+)
 
 from fastcls import FusedCrossEntropyLoss, build_info, functional, reference
 from fastcls.functional import cross_entropy, cross_entropy_with_hits
@@ -314,9 +320,11 @@ def test_mean_over_nothing_is_nan(device, smoothing):
     input, target = torch.randn(3, 5, device=device), torch.full((3,), IGNORED, device=device)
     loss, grad = value_and_grad(cross_entropy, input, target, label_smoothing=smoothing)
     assert loss.isnan() and (grad == 0).all()
-    zero = torch.zeros(5, device=device)
-    loss, grad = value_and_grad(cross_entropy, input, target.clamp(min=0), weight=zero)
-    assert loss.isnan() and grad.isnan().all()
+    weightless = torch.tensor([0.0, 1, 1, 1, 1], device=device)  # with smoothing: finite / 0
+    for weight in (torch.zeros(5, device=device), weightless):
+        arguments = {"weight": weight, "label_smoothing": smoothing}
+        loss, grad = value_and_grad(cross_entropy, input, target.clamp(min=0), **arguments)
+        assert loss.isnan() and grad.isnan().all()
 
 
 @pytest.mark.parametrize("smoothing", [-0.5, NAN, 1.0])
@@ -567,6 +575,20 @@ def tail_results(dtype):
 
 
 FAST_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def digests():
+    """One line for each dtype and number: a hash of all tails' results."""
+    for dtype in DTYPES:
+        for what, values in tail_results(dtype).items():
+            print(dtype, what, digest([values]))
+    for shape, kind in itertools.product([s for s, _ in SHAPES], ("ignore", "prob")):
+        input, target = make_case(shape, kind)
+        print(shape, kind, digest(value_and_grad(cross_entropy, input, target)))
+
+
+def test_no_result_depends_on_what_was_in_memory_before():
+    assert_digests_do_not_depend_on_memory(Path(__file__))
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])

@@ -1,0 +1,35 @@
+"""What ``setup.py`` says where a tool is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({}, "fastcls: no C++ compiler: c++ is not to be found. Install g++ or clang"),
+        ({"CXX": "my-compiler -m64"}, "fastcls: no C++ compiler: my-compiler -m64 is not"),
+        ({"FASTCLS_CUDA": "yes"}, "FASTCLS_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+    ids=["none", "CXX", "FASTCLS_CUDA"],
+)
+def test_a_missing_tool_is_named(variables, message, tmp_path):
+    for module in ("pybind11", "setuptools"):
+        pytest.importorskip(module)
+    (tmp_path / "empty").mkdir()
+    environment = {n: v for n, v in os.environ.items() if n not in ("CXX", "CUDA_HOME")}
+    child = subprocess.run(
+        [sys.executable, str(SETUP), "build_ext", "--build-temp", str(tmp_path)],
+        cwd=SETUP.parent,
+        env=environment | {"PATH": str(tmp_path / "empty"), "FASTCLS_CUDA": "0"} | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1
+    assert child.stderr.splitlines()[-1].startswith(message)
