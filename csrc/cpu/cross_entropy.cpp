@@ -269,8 +269,7 @@ double total_weight(const Problem<T, P, Acc>& problem, std::atomic<int64_t>* bad
   return sum;
 }
 
-// PyTorch's mean of rows without weight is NaN whatever their losses are: one of its parts is 0 /
-// 0.
+// PyTorch's mean of rows without weight is NaN whatever their losses are: one part is 0 / 0.
 double mean_divisor(double weight) {
   return weight == 0 ? std::numeric_limits<double>::quiet_NaN() : weight;
 }
