@@ -19,7 +19,12 @@ inline Vec only_new(int64_t C, Vec x) {
 }
 
 struct Sums {
-  Vec of[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  Vec of[4];
+  // Written out: the compiler's own constructor would be outside the ISA's target region, where
+  // vectors are returned in another way.
+  Sums() {
+    for (Vec& sum : of) sum = Vec::zero();
+  }
   float total() const { return reduce_sum((of[0] + of[1]) + (of[2] + of[3])); }
 };
 
