@@ -8,6 +8,7 @@
 
 #include "cpu/conv_block_fast.h"
 #include "cpu/conv_block_general.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace fastcls::cpu {
@@ -118,9 +119,9 @@ std::tuple<Tensor, Tensor> conv_block_forward(
   const ConvBlockShape s = check_conv_block(
       "conv_block", input, weight, bias,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
-  Tensor out =
-      empty_4d(s.N, s.K, s.out_h, s.out_w, input.scalar_type(), gives_output_format(input, weight));
-  Tensor winner = empty_winner(s, save_winner, input);
+  const Tensor out = with_huge_pages(empty_4d(s.N, s.K, s.out_h, s.out_w, input.scalar_type(),
+                                              gives_output_format(input, weight)));
+  const Tensor winner = with_huge_pages(empty_winner(s, save_winner, input));
   if (s.out_numel() == 0) return {out, winner};
   // The kernels read bias as one run of memory.
   const std::optional<Tensor> flat_bias =
@@ -154,8 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   check_conv_block_backward(s, grad_out, input, winner);
   const ScalarType w_type = weight.scalar_type();
-  Tensor grad_input = need_input ? empty_4d(s.N, s.C, s.H, s.W, input.scalar_type(), input)
-                                 : empty_flat({0}, input.scalar_type(), input);
+  Tensor grad_input =
+      need_input ? with_huge_pages(empty_4d(s.N, s.C, s.H, s.W, input.scalar_type(), input))
+                 : empty_flat({0}, input.scalar_type(), input);
   Tensor grad_weight = need_weight
                            ? empty_4d(s.K, s.group_in(), s.kernel_h, s.kernel_w, w_type, weight)
                            : empty_flat({0}, w_type, weight);

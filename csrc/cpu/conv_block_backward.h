@@ -8,7 +8,7 @@
 constexpr int kMaxSums = L == 16 ? 18 : 12;
 constexpr int kMaxRuns = 3;
 // Vectors of one run at most, unless its taps have more: 3 taps × 32 channels.
-constexpr int kRunVecs = 96 / L;
+constexpr int kWeightRunVecs = 96 / L;
 
 // Input channels are done in groups whose runs fit the registers, as equal as possible: many
 // positions of a narrow image fit the first-level cache, and the registers are loaded less often.
@@ -16,9 +16,9 @@ struct ChannelGroups {
   int64_t count, channels;  // all groups are laid out as `channels` wide; the last may have fewer
   ConvBlockShape shape;     // of one group
 
-  explicit ChannelGroups(const ConvBlockShape& s) : shape(s) {
+  ChannelGroups(const ConvBlockShape& s, int64_t run_vecs) : shape(s) {
     const int64_t taps = s.dilation_w == 1 ? s.kernel_w : 1;
-    const int64_t most = std::max<int64_t>(kRunVecs / taps, 1) * L;
+    const int64_t most = std::max<int64_t>(run_vecs / taps, 1) * L;
     count = (s.C + most - 1) / most;
     channels = count == 1 ? s.C : round_up((s.C + count - 1) / count, L);
     count = (s.C + channels - 1) / channels;
@@ -71,59 +71,112 @@ void for_pieces(const Runs& runs, const Pass& pass, int64_t r, const ChannelGrou
   }
 }
 
-// dw += Σ_p g[p] · x[at[p] ...]
-template <int kRuns, int kVecs>
-void add_positions(const float* x, const int64_t* run, const float* g, const int32_t* at, int64_t n,
-                   float* dw) {
-  Vec sum[kRuns][kVecs];
-  for (int r = 0; r < kRuns; ++r)
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dw + (r * kVecs + v) * L);
-  for (int64_t p = 0; p < n; ++p) {
-    const Vec scale = Vec::set(g[p]);
-    for (int r = 0; r < kRuns; ++r) {
-      const float* src = x + at[p] + run[r];
-      for (int v = 0; v < kVecs; ++v)
-        sum[r][v] = Vec::fma(scale, Vec::load(src + v * L), sum[r][v]);
-    }
-  }
-  for (int r = 0; r < kRuns; ++r)
-    for (int v = 0; v < kVecs; ++v) sum[r][v].store(dw + (r * kVecs + v) * L);
+// An address that is computed once: base plus index in each of many loads would make two operations
+// of a multiply-add that reads memory.
+template <typename E>
+[[gnu::always_inline]] inline const E* in_register(const E* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
-// dx[...] += Σ_e g[e] · w[channel[e]]. The last vector of each run has `tail` lanes of its own;
-// what lies behind them belongs to other pixels and is left as it is.
 template <int kRuns, int kVecs>
-void add_channels(float* dx, const int64_t* run, const float* w, const float* g,
-                  const uint8_t* channel, int64_t n, int64_t tail) {
-  Vec sum[kRuns][kVecs];
-  for (int r = 0; r < kRuns; ++r)
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(dx + run[r] + v * L);
-  for (int64_t e = 0; e < n; ++e) {
-    const Vec scale = Vec::set(g[e]);
-    const float* src = w + channel[e] * (kRuns * kVecs * L);
-    for (int r = 0; r < kRuns; ++r)
-      for (int v = 0; v < kVecs; ++v)
-        sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
-  }
+[[gnu::always_inline]] inline void add_position(const float* x, const int64_t* run, Vec scale,
+                                                Vec (&sum)[kRuns][kVecs]) {
+#pragma GCC unroll 3
   for (int r = 0; r < kRuns; ++r) {
-    float* to = dx + run[r];
-    for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(to + v * L);
-    float* last = to + (kVecs - 1) * L;
-    if (tail == L)
-      sum[r][kVecs - 1].store(last);
-    else
-      Vec::select(Vec::first(tail), sum[r][kVecs - 1], Vec::load(last)).store(last);
+    const float* src = in_register(x + run[r]);
+#pragma GCC unroll 18
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::fma(scale, Vec::load(src + v * L), sum[r][v]);
   }
+}
+
+// Channels whose sums are in registers together: a sum is ready for its next addition after 4 cycles,
+// in which 8 can be made.
+template <int kSums>
+constexpr int kTogether = std::max(1, std::min((7 + kSums) / kSums, kMaxSums / kSums));
+
+// dw[k] += Σ_p g[k][p] · x[at[k][p] ...] for kTogether channels; g and at [channels, stride].
+template <int kRuns, int kVecs, int kChannels>
+void add_positions(const float* x, const int64_t* run, const float* g, const int32_t* at,
+                   int64_t stride, int64_t n, float* dw) {
+  constexpr int kRow = kRuns * kVecs * L;
+  Vec sum[kChannels][kRuns][kVecs];
+  for (int k = 0; k < kChannels; ++k)
+    for (int r = 0; r < kRuns; ++r)
+      for (int v = 0; v < kVecs; ++v) sum[k][r][v] = Vec::load(dw + k * kRow + (r * kVecs + v) * L);
+  for (int64_t p = 0; p < n; ++p)
+#pragma GCC unroll 8
+    for (int k = 0; k < kChannels; ++k)
+      add_position<kRuns, kVecs>(x + at[k * stride + p], run, Vec::set(g[k * stride + p]), sum[k]);
+  for (int k = 0; k < kChannels; ++k)
+    for (int r = 0; r < kRuns; ++r)
+      for (int v = 0; v < kVecs; ++v) sum[k][r][v].store(dw + k * kRow + (r * kVecs + v) * L);
+}
+
+// All channels of a tile's n positions.
+template <int kRuns, int kVecs>
+void add_positions_of_all(const float* x, const int64_t* run, const float* g, const int32_t* at,
+                          int64_t stride, int64_t n, int64_t channels, float* dw) {
+  constexpr int kRow = kRuns * kVecs * L, kStep = kTogether<kRuns * kVecs>;
+  int64_t k = 0;
+  for (; k + kStep <= channels; k += kStep)
+    add_positions<kRuns, kVecs, kStep>(x, run, g + k * stride, at + k * stride, stride, n,
+                                       dw + k * kRow);
+  for (; k < channels; ++k)
+    add_positions<kRuns, kVecs, 1>(x, run, g + k * stride, at + k * stride, stride, n,
+                                   dw + k * kRow);
+}
+
+// What a pass of dX works on: the open channels of some windows, by winner, and where they go.
+struct WindowList {
+  const int64_t* offset;  // of each window in dX
+  int64_t windows, places;
+  const int32_t* begin;  // [windows · places + 1]: where a bucket's entries begin
+  const float* g;
+  const int32_t* channel;
+};
+
+// dx[window + place ...] += Σ_e g[e] · w[channel[e]] over the entries of each bucket. The last
+// vector of each run has `tail` lanes of its own; what lies behind them belongs to other pixels and
+// is left as it is.
+template <int kRuns, int kVecs>
+void add_channels(float* dx, const int64_t* run, const float* w, const WindowList& list,
+                  const int64_t* place, int64_t tail) {
+  const Vec::Mask own = Vec::first(tail);
+  for (int64_t p = 0, bucket = 0; p < list.windows; ++p)
+    for (int64_t q = 0; q < list.places; ++q, ++bucket) {
+      const int64_t begin = list.begin[bucket], end = list.begin[bucket + 1];
+      if (begin == end) continue;
+      float* to = dx + list.offset[p] + place[q];
+      Vec sum[kRuns][kVecs];
+      for (int r = 0; r < kRuns; ++r)
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(to + run[r] + v * L);
+      for (int64_t e = begin; e < end; ++e) {
+        const Vec scale = Vec::set(list.g[e]);
+        const float* src = in_register(w + list.channel[e] * (kRuns * kVecs * L));
+        for (int r = 0; r < kRuns; ++r)
+          for (int v = 0; v < kVecs; ++v)
+            sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
+      }
+      for (int r = 0; r < kRuns; ++r) {
+        for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(to + run[r] + v * L);
+        float* last = to + run[r] + (kVecs - 1) * L;
+        if (tail == L)
+          sum[r][kVecs - 1].store(last);
+        else
+          Vec::select(own, sum[r][kVecs - 1], Vec::load(last)).store(last);
+      }
+    }
 }
 
 using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
-                              float*);
-using AddChannels = void (*)(float*, const int64_t*, const float*, const float*, const uint8_t*,
-                             int64_t, int64_t);
+                              int64_t, int64_t, float*);
+using AddChannels = void (*)(float*, const int64_t*, const float*, const WindowList&, const int64_t*,
+                             int64_t);
 
 template <int kRuns, int... kVecsLessOne>
 AddPositions pick_add_positions(int64_t vecs, std::integer_sequence<int, kVecsLessOne...>) {
-  static constexpr AddPositions kTable[] = {add_positions<kRuns, kVecsLessOne + 1>...};
+  static constexpr AddPositions kTable[] = {add_positions_of_all<kRuns, kVecsLessOne + 1>...};
   return kTable[vecs - 1];
 }
 template <int kRuns, int... kVecsLessOne>
@@ -247,53 +300,187 @@ struct ChannelMajor {
   }
 };
 
-// Where taps × input channels are few, runs are shorter than a vector: there the vectors run over
-// output channels, and every place of the window is added, with zero gradient for the losers.
-// Cycles per pooled output by either way, from 2 fused multiply-adds a cycle, 3 cycles a pass for
-// the position, and broadcasts that bind the dense way to about 1.7 a cycle.
-inline bool dense_is_cheaper(const ConvBlockShape& s, const std::vector<Pass>& passes) {
+// Where channels fill no whole vectors, the taps of every position of the conv map are copied next
+// to each other: a *patch*, padded to whole vectors. The kernel over the image is then one of 1 × 1
+// over patches, and what every output channel reads is aligned: a load that crosses a cache line
+// takes twice as long.
+inline ConvBlockShape patch_shape(const ConvBlockShape& s) {
+  ConvBlockShape patches = s;
+  patches.C = round_up(s.kernel_h * s.kernel_w * s.C, L);
+  patches.H = s.conv_h, patches.W = s.conv_w;
+  patches.kernel_h = patches.kernel_w = patches.stride_h = patches.stride_w = 1;
+  patches.dilation_h = patches.dilation_w = 1;
+  patches.pad_h = patches.pad_w = 0;
+  return patches;
+}
+
+// Do patches pay? Cycles per output channel and pooled output, from 2 loads a cycle, one of which is
+// the gradient's. Without patches two for each vector, which crosses a line. With them 3 for each
+// vector that is copied to a patch, and the sums of a channel are loaded and stored for each tile
+// of outputs whose patches fit the cache.
+inline bool patches_pay(const ConvBlockShape& s) {
+  if (s.C % L == 0) return false;
+  const Runs runs(s);
+  const ConvBlockShape patches = patch_shape(s);
+  const double copied = double(runs.count * ((runs.length + L - 1) / L)), vecs = double(patches.C) / L;
+  const double positions = double(s.conv_h * s.conv_w) / double(s.K * s.out_h * s.out_w);
+  const OutputTile tile(patches);
+  const double per_tile = (20 + 1.5 * vecs) / double(tile.rows * tile.columns);
+  return vecs / 2 + 1 + per_tile + 3 * copied * positions < copied + 1;
+}
+
+// What a patch has of one run of the image.
+struct Piece {
+  int64_t from, to, length;
+};
+
+// Row [positions, width] of patches; kPieces is their number where every one fits a vector, else 0.
+template <int kPieces>
+void pack_patch_row(const std::vector<Piece>& pieces, const float* src, int64_t step,
+                    int64_t positions, float* dst, int64_t width) {
+  for (int64_t w = 0; w < positions; ++w, src += step, dst += width)
+    if constexpr (kPieces > 0) {
+      const Piece* piece = pieces.data();
+#pragma GCC unroll 5
+      for (int i = 0; i < kPieces; ++i)
+        Vec::load(src + piece[i].from).store(dst + piece[i].to);
+    } else {
+      for (const Piece& piece : pieces)
+        for (int64_t e = 0; e < piece.length; e += L)
+          Vec::load(src + piece.from + e).store(dst + piece.to + e);
+    }
+}
+
+// Elements [first, first + width) of the patches of conv rows [begin, end), [position, width], from
+// the packed image, whose rows are those under `begin` on. Ascending: what a copy writes past a run
+// is written again, or means nothing. What pads a patch is left as it is: it must not be what was in
+// memory before, where it might be denormal, at which a multiply-add takes a hundred cycles.
+inline void pack_patches(const ConvBlockShape& s, const Runs& runs, const float* image,
+                         int64_t begin, int64_t end, int64_t first, int64_t width, float* dst) {
+  std::vector<Piece> pieces;
+  bool short_ones = true;
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const int64_t e0 = std::max(r * runs.length, first);
+    const int64_t e1 = std::min((r + 1) * runs.length, first + width);
+    if (e0 < e1) pieces.push_back({runs.offset[r] + e0 - r * runs.length, e0 - first, e1 - e0});
+    short_ones = short_ones && e1 - e0 <= L;
+  }
+  const auto pack = !short_ones          ? pack_patch_row<0>
+                    : pieces.size() == 3 ? pack_patch_row<3>
+                    : pieces.size() == 5 ? pack_patch_row<5>
+                                         : pack_patch_row<0>;
+  const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, step = s.stride_w * s.C;
+  for (int64_t h = 0; h < end - begin; ++h)
+    pack(pieces, image + h * row, step, s.conv_w, dst + h * s.conv_w * width, width);
+}
+
+// The input as the sums over positions read it: packed pixels, or patches.
+template <typename T>
+struct PositionInput {
+  const ConvBlockShape& image;
+  const bool patches;
+  const ConvBlockShape shape;  // what the sums work on
+  const int64_t elements;      // in a row of dW
+  const Runs runs;             // of the image
+  Scratch<float> packed;
+
+  explicit PositionInput(const ConvBlockShape& s)
+      : image(s),
+        patches(patches_pay(s)),
+        shape(patches ? patch_shape(s) : s),
+        elements(s.kernel_h * s.kernel_w * s.C),
+        runs(s) {}
+
+  void reserve(int64_t rows) {
+    if (patches) packed.reserve(packed_floats(image, rows));
+  }
+
+  // Channels [first, first + group.C) under pooled rows [p0, p1) of image n; `channels` of them are
+  // there.
+  void pack(const ConvBlockShape& group, const View4<const T>& x, int64_t n, int64_t p0, int64_t p1,
+            int64_t first, int64_t channels, float* dst) const {
+    const Band rows(image, p0, p1);
+    if (!patches)
+      return pack_band(group, x.from_channel(first), channels, n, rows.first, rows.rows, dst);
+    pack_band(image, x, image.C, n, rows.first, rows.rows, packed.data);
+    pack_patches(image, runs, packed.data, rows.conv_begin, rows.conv_end, first, group.C, dst);
+  }
+};
+
+// Where taps × input channels are few, runs are shorter than a vector: there the vectors may also run
+// over output channels, and every place of the window is added, with zero gradient for the losers.
+// Cycles per pooled output and channel by either way, from 2 fused multiply-adds a cycle, 1 cycle
+// for the position, and broadcasts that bind the dense way to about 1.7 a cycle.
+inline bool dense_is_cheaper(const ConvBlockShape& s, bool aligned,
+                             const std::vector<Pass>& passes) {
   // The dense way reads under every place, so all of them must lie inside the map.
   if (s.pool_pad_h > 0 || s.pool_pad_w > 0 ||
       (s.out_h - 1) * s.pool_stride_h + s.pool_h > s.conv_h ||
       (s.out_w - 1) * s.pool_stride_w + s.pool_w > s.conv_w)
     return false;
   double sparse = 0;
-  for (const Pass& pass : passes) sparse += pass.sums() / 2. + 3;
+  for (const Pass& pass : passes) sparse += pass.sums() / (aligned ? 2. : 1.) + 1;
   const double elements = double(s.kernel_h * s.kernel_w * s.C * s.window());
   return elements * 0.6 / L * round_up(s.K, L) / s.K < sparse;
 }
 
-constexpr int kMaxElements = L == 16 ? 24 : 12;
+// Elements of dW in registers together: 12 of 16, or 27 of 32, a whole 3 × 3 × 3 kernel.
+constexpr int kMaxElements = L == 16 ? 27 : 12;
 
-// dw[e] += Σ_p Σ_q [code = q] g[p] · x[window(p) + place(q) + element(e)] for one vector of output
+// dw[r, e] += Σ_p Σ_q [code = q] g[p] · x[window(p) + place(q) + run[r] + e] for one vector of output
 // channels; g and codes [pixels, stride].
-template <int kElements>
-void add_dense(const float* x, const int64_t* window, const int64_t* place, int64_t places,
-               const int64_t* element, const float* g, const uint8_t* code, int64_t stride,
-               int64_t pixels, float* dw, float* db) {
-  Vec sum[kElements], grads = Vec::zero();
-  int64_t offset[kElements];
-  for (int e = 0; e < kElements; ++e) sum[e] = Vec::load(dw + e * L), offset[e] = element[e];
+template <int kRuns, int kLength>
+void add_dense(const float* x, const int64_t* run, const int64_t* window, const int64_t* place,
+               int64_t places, const float* g, const uint8_t* code, int64_t stride, int64_t pixels,
+               float* dw, float* db) {
+  Vec sum[kRuns][kLength], grads = Vec::zero();
+  for (int r = 0; r < kRuns; ++r)
+    for (int e = 0; e < kLength; ++e) sum[r][e] = Vec::load(dw + (r * kLength + e) * L);
   for (int64_t p = 0; p < pixels; ++p) {
     const Vec grad = Vec::load(g + p * stride);
     const Vec winner = code ? Vec::load(code + p * stride) : Vec::zero();
     for (int64_t q = 0; q < places; ++q) {
       const Vec mine = Vec::select(Vec::equal(winner, Vec::set(float(q))), grad, Vec::zero());
-      const float* src = x + window[p] + place[q];
-      for (int e = 0; e < kElements; ++e) sum[e] = Vec::fma(Vec::set(src[offset[e]]), mine, sum[e]);
+#pragma GCC unroll 3
+      for (int r = 0; r < kRuns; ++r) {
+        const float* src = in_register(x + window[p] + place[q] + run[r]);
+#pragma GCC unroll 27
+        for (int e = 0; e < kLength; ++e) sum[r][e] = Vec::fma(Vec::set(src[e]), mine, sum[r][e]);
+      }
       grads = grads + mine;
     }
   }
-  for (int e = 0; e < kElements; ++e) sum[e].store(dw + e * L);
+  for (int r = 0; r < kRuns; ++r)
+    for (int e = 0; e < kLength; ++e) sum[r][e].store(dw + (r * kLength + e) * L);
   if (db) (Vec::load(db) + grads).store(db);
 }
 
-using AddDense = void (*)(const float*, const int64_t*, const int64_t*, int64_t, const int64_t*,
+using AddDense = void (*)(const float*, const int64_t*, const int64_t*, const int64_t*, int64_t,
                           const float*, const uint8_t*, int64_t, int64_t, float*, float*);
-template <int... kElementsLessOne>
-AddDense add_dense_for(int64_t elements, std::integer_sequence<int, kElementsLessOne...>) {
-  static constexpr AddDense kTable[] = {add_dense<kElementsLessOne + 1>...};
-  return kTable[elements - 1];
+template <int... kLengthLessOne>
+AddDense add_dense_for(int64_t runs, int64_t length,
+                       std::integer_sequence<int, kLengthLessOne...>) {
+  static constexpr AddDense kTable[] = {add_dense<1, kLengthLessOne + 1>...};
+  if (runs == 1) return kTable[length - 1];
+  return length == 3 ? add_dense<3, 3> : add_dense<3, kMaxElements / 3>;
+}
+
+// All three runs of a 3 × 3 kernel over one channel, and over three where the registers hold them;
+// else parts of one run at a time.
+struct DenseBlock {
+  int64_t run, runs, first, length;
+};
+inline std::vector<DenseBlock> dense_blocks(const Runs& runs) {
+  if (runs.count == 3 && (runs.length == 3 || 3 * runs.length == kMaxElements))
+    return {{0, 3, 0, runs.length}};
+  std::vector<DenseBlock> blocks;
+  const int64_t parts = (runs.length + kMaxElements - 1) / kMaxElements;
+  for (int64_t r = 0; r < runs.count; ++r)
+    for (int64_t b = 0; b < parts; ++b) {
+      const int64_t first = b * runs.length / parts, end = (b + 1) * runs.length / parts;
+      blocks.push_back({r, 1, first, end - first});
+    }
+  return blocks;
 }
 
 template <typename T>
@@ -304,11 +491,9 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
   const int64_t elements = runs.count * runs.length, padded_K = round_up(s.K, L);
   // Gradients of a band fill half of a 32 KiB first-level cache.
   const int64_t band = std::clamp<int64_t>(4096 / (s.out_w * padded_K), 1, s.out_h);
-  const int64_t places = winner ? s.window() : 1,
-                blocks = (elements + kMaxElements - 1) / kMaxElements;
-  std::vector<int64_t> element, place, window(band * s.out_w);
-  for (int64_t r = 0; r < runs.count; ++r)
-    for (int64_t e = 0; e < runs.length; ++e) element.push_back(runs.offset[r] + e);
+  const int64_t places = winner ? s.window() : 1;
+  const std::vector<DenseBlock> blocks = dense_blocks(runs);
+  std::vector<int64_t> place, window(band * s.out_w);
   for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(s, q));
   Scratch<float> packed, grad, dw;
   Scratch<uint8_t> codes;
@@ -335,12 +520,12 @@ void backward_weight_dense(const ConvBlockShape& s, const View4<const T>& grad_o
             window[p++] = window_offset(s, p0 + r, pw, input.first);
         for (int64_t k = 0; k < padded_K; k += L) {
           float* dst = dw.data + k * (elements + 1);
-          for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t e0 = b * elements / blocks, e1 = (b + 1) * elements / blocks;
-            add_dense_for(e1 - e0, std::make_integer_sequence<int, kMaxElements>{})(
-                packed.data, window.data(), place.data(), places, element.data() + e0,
-                grad.data + k, code ? code + k : nullptr, padded_K, pixels, dst + e0 * L,
-                b == 0 ? dst + elements * L : nullptr);
+          for (size_t b = 0; b < blocks.size(); ++b) {
+            const auto& [run, count, first, length] = blocks[b];
+            add_dense_for(count, length, std::make_integer_sequence<int, kMaxElements>{})(
+                packed.data + first, runs.offset.data() + run, window.data(), place.data(), places,
+                grad.data + k, code ? code + k : nullptr, padded_K, pixels,
+                dst + (run * runs.length + first) * L, b == 0 ? dst + elements * L : nullptr);
           }
         }
       }
@@ -366,6 +551,7 @@ struct Strips {
 // One group of bands that is in memory together, and the sums over it.
 template <typename T>
 struct WeightGradient {
+  PositionInput<T> input;
   const ConvBlockShape& s;
   const ChannelGroups groups;
   const Runs runs;
@@ -378,8 +564,9 @@ struct WeightGradient {
   ChannelMajor grads;
 
   explicit WeightGradient(const ConvBlockShape& shape)
-      : s(shape),
-        groups(s),
+      : input(shape),
+        s(input.shape),
+        groups(s, kWeightRunVecs),
         runs(groups.shape),
         passes(passes_over(runs, kMaxSums)),
         tile(groups.shape),
@@ -389,6 +576,8 @@ struct WeightGradient {
   void reserve(int64_t images, int64_t rows) {
     packed_size = packed_floats(groups.shape, rows);
     packed.reserve(images * packed_size);
+    std::fill_n(packed.data, images * packed_size, 0.f);
+    input.reserve(rows);
     grads.reserve(groups.shape, s.K, images * rows * s.out_w);
     dw.reserve(groups.count * group_floats);
     db.reserve(s.K);
@@ -402,20 +591,20 @@ struct WeightGradient {
   // Adds pooled rows [p0, p1) of images [n0, n0 + images).
   void add(const View4<const T>& grad_out, const View4<const T>& x, const uint8_t* winner,
            int64_t n0, int64_t images, int64_t p0, int64_t p1) {
-    const Band input(s, p0, p1);
+    const int64_t first = Band(s, p0, p1).first;
     const int64_t rows = p1 - p0, pixels = images * rows * s.out_w;
     for (int64_t strip = 0; strip < strips.count; ++strip)
       for (int64_t i = 0; i < images; ++i)
         grads.fill(groups.shape, grad_out, winner, n0 + i, p0, p1, strips.begin(strip),
-                   strips.end(strip), input.first,
+                   strips.end(strip), first,
                    images * rows * strips.begin(strip) + i * rows * strips.width(strip),
                    i * packed_size);
     for (int64_t k = 0; k < s.K; ++k)
       db.data[k] += grads.place(groups.shape, k, pixels, winner != nullptr);
     for (int64_t group = 0; group < groups.count; ++group) {
       for (int64_t i = 0; i < images; ++i)
-        pack_band(groups.shape, x.from_channel(groups.begin(group)), groups.width(group, s.C),
-                  n0 + i, input.first, input.rows, packed.data + i * packed_size);
+        input.pack(groups.shape, x, n0 + i, p0, p1, groups.begin(group), groups.width(group, s.C),
+                   packed.data + i * packed_size);
       for (int64_t strip = 0; strip < strips.count; ++strip)
         for (int64_t row = 0; row < images * rows; row += tile.rows)
           add_tile(images * rows * strips.begin(strip) + row * strips.width(strip),
@@ -427,26 +616,24 @@ struct WeightGradient {
   // Adds `count` outputs from place `at` of the list on.
   void add_tile(int64_t at, int64_t count, float* dst) const {
     for (const Pass& pass : passes) {
-      const AddPositions add = add_positions_for(pass);
-      for (int64_t k = 0; k < s.K; ++k, dst += pass.sums() * L)
-        add(packed.data + pass.vec * L, runs.offset.data() + pass.run,
-            grads.g.data + k * grads.stride + at, grads.at.data + k * grads.stride + at, count,
-            dst);
+      add_positions_for(pass)(packed.data + pass.vec * L, runs.offset.data() + pass.run,
+                              grads.g.data + at, grads.at.data + at, grads.stride, count, s.K, dst);
+      dst += s.K * pass.sums() * L;
     }
   }
 
   // [group][pass][channel][runs, vectors] → [K, taps × C | bias]
   void store(float* to) const {
-    const int64_t taps = s.kernel_h * s.kernel_w * s.C;
+    const int64_t row = input.elements + 1, C = input.patches ? input.elements : s.C;
     const float* src = dw.data;
     for (int64_t group = 0; group < groups.count; ++group)
       for (const Pass& pass : passes)
         for (int64_t k = 0; k < s.K; ++k)
           for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L)
-            for_pieces(runs, pass, r, groups, group, s.C, [&](int64_t at, int64_t row, int64_t n) {
-              std::copy_n(src + at, n, to + k * (taps + 1) + row);
+            for_pieces(runs, pass, r, groups, group, C, [&](int64_t at, int64_t e, int64_t n) {
+              std::copy_n(src + at, n, to + k * row + e);
             });
-    for (int64_t k = 0; k < s.K; ++k) to[k * (taps + 1) + taps] = db.data[k];
+    for (int64_t k = 0; k < s.K; ++k) to[(k + 1) * row - 1] = db.data[k];
   }
 };
 
@@ -459,7 +646,7 @@ void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
                      const View4<const T>& x, const uint8_t* winner, float* partial, int64_t chunk,
                      int64_t begin, int64_t end) {
   WeightGradient<T> sum(s);
-  if (dense_is_cheaper(s, sum.passes))
+  if (dense_is_cheaper(s, sum.s.C % L == 0, sum.passes))
     return backward_weight_dense(s, grad_out, x, winner, partial, chunk, begin, end);
   // A group is one band of one image, or several images that are one band each.
   const int64_t band = band_rows(sum.groups.shape), bands = (s.out_h + band - 1) / band;
@@ -494,62 +681,62 @@ inline constexpr CompressTable kCompress;
 
 // The lanes of x whose bit is set go to g, their numbers (from `first` on) to channel; returns how
 // many. Writes a whole vector; what lies behind the chosen ones means nothing.
-[[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, uint8_t first, float* g,
-                                                   uint8_t* channel) {
-  for (int half = 0; half < L; half += 8) {
-    const __m128i lanes =
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits >> half & 255]));
-    const int64_t n = half == 0 ? 0 : __builtin_popcount(bits & 255);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(channel + n),
-                     _mm_add_epi8(lanes, _mm_set1_epi8(static_cast<char>(first + half))));
+[[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, int first, float* g,
+                                                   int32_t* channel) {
 #if defined(FASTCLS_AVX512)
-    if (half == 0) _mm512_mask_compressstoreu_ps(g, static_cast<__mmask16>(bits), x.v);
+  // Compressed in a register: straight to memory takes some processors a hundred cycles.
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 chosen = static_cast<__mmask16>(bits);
+  _mm512_storeu_ps(g, _mm512_maskz_compress_ps(chosen, x.v));
+  _mm512_storeu_si512(channel, _mm512_maskz_compress_epi32(
+                                   chosen, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 #else
-    _mm256_storeu_ps(g, _mm256_permutevar8x32_ps(x.v, _mm256_cvtepu8_epi32(lanes)));
+  const __m256i lanes = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
+  _mm256_storeu_ps(g, _mm256_permutevar8x32_ps(x.v, lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(channel),
+                      _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
 #endif
-  }
   return __builtin_popcount(bits);
 }
 
-// The open channels of some windows, by winner: window p and place q have `count` entries of g and
-// channel from (p · places + q) · capacity on.
+// The open channels of some windows, by winner: the entries of g and channel from begin[p · places +
+// q] to the next are those of window p and place q.
 struct Buckets {
   Scratch<float> g;
-  Scratch<uint8_t> channel;
-  std::vector<int32_t> count;
-  int64_t places = 0, capacity = 0;
+  Scratch<int32_t> channel, begin;
+  int64_t places = 0;
 
   void reserve(int64_t pixels, int64_t places_of_a_window, int64_t channels) {
-    places = places_of_a_window, capacity = channels;
-    g.reserve(pixels * places * capacity + L), channel.reserve(pixels * places * capacity + L);
+    places = places_of_a_window;
+    g.reserve(pixels * channels + L), channel.reserve(pixels * channels + L);
+    begin.reserve(pixels * places + 1);
   }
 
   // grad and codes [pixels, stride] start at the block's first channel.
   void fill(int64_t pixels, int64_t channels, const float* grad, const uint8_t* codes,
             int64_t stride) {
-    count.assign(pixels * places, 0);
-    for (int64_t p = 0; p < pixels; ++p) {
-      int32_t* n = count.data() + p * places;
-      float* to = g.data + p * places * capacity;
-      uint8_t* to_channel = channel.data + p * places * capacity;
-      for (int64_t k = 0; k < channels; k += L) {
-        const Vec value = Vec::load(grad + p * stride + k);
-        unsigned open = (1u << std::min<int64_t>(L, channels - k)) - 1;
-        open &= ~Vec::bits(Vec::equal(value, Vec::zero()));  // dropout leaves many zeros
-        const Vec code = codes ? Vec::load(codes + p * stride + k) : Vec::zero();
-        for (int64_t q = 0; q < places; ++q) {
-          const unsigned bits = open & Vec::bits(Vec::equal(code, Vec::set(float(q))));
-          n[q] += store_chosen(value, bits, k, to + q * capacity + n[q],
-                               to_channel + q * capacity + n[q]);
+    int32_t n = 0, *bucket = begin.data;
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t q = 0; q < places; ++q) {
+        *bucket++ = n;
+        for (int64_t k = 0; k < channels; k += L) {
+          const Vec value = Vec::load(grad + p * stride + k);
+          unsigned bits = (1u << std::min<int64_t>(L, channels - k)) - 1;
+          bits &= ~Vec::bits(Vec::equal(value, Vec::zero()));  // dropout leaves many zeros
+          if (codes)
+            bits &= Vec::bits(Vec::equal(Vec::load(codes + p * stride + k), Vec::set(float(q))));
+          n += store_chosen(value, bits, k, g.data + n, channel.data + n);
         }
       }
-    }
+    *bucket = n;
   }
 };
 
 // dX is loaded and stored once per bucket: the fewer registers it takes, the more channels' weights
 // of a pass fit the first-level cache and the longer the buckets are.
-constexpr int kMaxInputSums = L == 16 ? 9 : 12;
+constexpr int kMaxInputSums = L == 16 ? 18 : 12;
+constexpr int kInputRunVecs = L == 16 ? 6 : 12;
 
 // The gradient of the input of one image, and the weights as it reads them.
 template <typename T>
@@ -561,19 +748,14 @@ struct InputGradient {
   const OutputTile tile;
   const int64_t row, group_floats, padded_K, places;
   int64_t block;  // channels whose weights of a pass fill three quarters of a 32 KiB cache
-  struct Place {
-    int64_t code, offset;
-  };
-  std::vector<Place> order;  // down the columns: the next place in a row has most of its pixels in
-                             // common with the last, which would have to be stored first
-  std::vector<int64_t> window;  // offset of each output of a tile
+  std::vector<int64_t> place, window;  // offsets of a window's places; of each output of a tile
   Scratch<float> weight, dx, grad;
   Scratch<uint8_t> codes;
   Buckets buckets;
 
   InputGradient(const ConvBlockShape& shape, const float* w, bool has_winner)
       : s(shape),
-        groups(s),
+        groups(s, kInputRunVecs),
         runs(groups.shape),
         passes(passes_over(runs, kMaxInputSums)),
         tile(groups.shape),
@@ -583,10 +765,8 @@ struct InputGradient {
         places(has_winner ? s.window() : 1) {
     int64_t sums = 0;
     for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
-    block = std::clamp<int64_t>(6144 / (sums * L) / L * L, L, 128);
-    for (int64_t column = 0; column < (has_winner ? s.pool_w : 1); ++column)
-      for (int64_t q = column; q < places; q += s.pool_w)
-        order.push_back({q, place_offset(groups.shape, q)});
+    block = std::clamp<int64_t>(9216 / (sums * L) / L * L, L, 128);
+    for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(groups.shape, q));
     window.resize(tile.rows * tile.columns);
     weight.reserve(s.K * groups.count * floats_of(passes));
     pack_weight(w);
@@ -641,13 +821,9 @@ struct InputGradient {
   void add_windows(const Pass& pass, float* to, const float* w, int64_t pixels) const {
     const AddChannels add = add_channels_for(pass);
     const int64_t tail = std::min<int64_t>(runs.length - (pass.vec + pass.vecs - 1) * L, L);
-    for (int64_t p = 0; p < pixels; ++p)
-      for (const Place& place : order) {
-        const int64_t bucket = p * places + place.code, at = bucket * buckets.capacity;
-        if (buckets.count[bucket] > 0)
-          add(to + window[p] + place.offset, runs.offset.data() + pass.run, w, buckets.g.data + at,
-              buckets.channel.data + at, buckets.count[bucket], tail);
-      }
+    add(to, runs.offset.data() + pass.run, w,
+        {window.data(), pixels, places, buckets.begin.data, buckets.g.data, buckets.channel.data},
+        place.data(), tail);
   }
 
   void image(const View4<const T>& grad_out, const uint8_t* winner, int64_t n,
