@@ -21,8 +21,9 @@ struct Pixels {
   int64_t width, row_stride, pixel_stride;
   int64_t offset(int64_t p) const { return p / width * row_stride + p % width * pixel_stride; }
 
-  // Offsets of pixels p … p + 7.
-  void offsets8(int64_t p, int64_t (&at)[8]) const {
+  // Offsets of pixels p … p + kCount - 1.
+  template <int kCount>
+  void offsets(int64_t p, int64_t (&at)[kCount]) const {
     int64_t column = p % width, offset = p / width * row_stride + column * pixel_stride;
     for (int64_t& o : at) {
       o = offset;
@@ -32,20 +33,54 @@ struct Pixels {
   }
 };
 
-// Calls block(c, p, at) for 8 × 8 blocks that cover channels × pixels, pixels ≥ 8, at = the offsets
-// of the block's pixels. The last ones of each direction overlap those before. The inner loop goes
-// over pixels: on the side where each channel is a run of memory, only 8 runs are open at a time,
-// which strides of a power of two would otherwise drive out of the cache half written.
-template <typename F>
-void for_blocks_8x8(int64_t channels, int64_t pixels, const Pixels& layout, const F& block) {
-  for (int64_t c = 0; c < channels; c += 8)
-    for (int64_t p = 0; p < pixels; p += 8) {
-      int64_t at[8];
-      const int64_t first = std::min(p, pixels - 8);
-      layout.offsets8(first, at);
-      block(std::max<int64_t>(std::min(c, channels - 8), 0), first, at);
+// Calls block(c, p, at) for square blocks that cover channels × pixels, pixels ≥ kSide, at = the
+// offsets of the block's pixels. The last ones of each direction overlap those before. The inner loop
+// goes over pixels: on the side where each channel is a run of memory, only kSide runs are open at a
+// time, which strides of a power of two would otherwise drive out of the cache half written.
+template <int kSide, typename F>
+void for_squares(int64_t channels, int64_t pixels, const Pixels& layout, const F& block) {
+  for (int64_t c = 0; c < channels; c += kSide)
+    for (int64_t p = 0; p < pixels; p += kSide) {
+      int64_t at[kSide];
+      const int64_t first = std::min(p, pixels - kSide);
+      layout.offsets(first, at);
+      block(std::max<int64_t>(std::min(c, channels - kSide), 0), first, at);
     }
 }
+
+#if defined(FASTCLS_AVX512)
+
+// Whole cache lines on both sides. The channels are runs of memory whose beginnings no prefetcher
+// guesses, so that those of the next block of channels are asked for while this one is moved; past
+// the last one comes the next image, or nothing that matters.
+template <typename S>
+void channels_to_pixels_16(const S* src, int64_t channel_stride, int64_t channels, int64_t pixels,
+                           float* dst, const Pixels& layout) {
+  for_squares<16>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[16]) {
+    const S* from = src + c * channel_stride + p;
+    __m512 lanes[16];
+    for (int e = 0; e < 16; ++e) {
+      lanes[e] = Vec::load(from + e * channel_stride).v;
+      __builtin_prefetch(from + (e + 16) * channel_stride, 0, 2);
+    }
+    transpose16(lanes);
+    for (int e = 0; e < 16; ++e) _mm512_storeu_ps(dst + at[e] + c, lanes[e]);
+  });
+}
+
+template <typename S>
+void pixels_to_channels_16(const S* src, const Pixels& layout, int64_t channels, int64_t pixels,
+                           float* dst, int64_t channel_stride) {
+  for_squares<16>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[16]) {
+    __m512 lanes[16];
+    for (int e = 0; e < 16; ++e) lanes[e] = Vec::load(src + at[e] + c).v;
+    transpose16(lanes);
+    float* to = dst + c * channel_stride + p;
+    for (int e = 0; e < 16; ++e) _mm512_storeu_ps(to + e * channel_stride, lanes[e]);
+  });
+}
+
+#endif
 
 // dst[layout.offset(p) + c] = src[c · channel_stride + p]. Fewer than 8 channels are followed by
 // zeros up to 8, in ascending order of pixels: what comes after them is still to be written, or
@@ -59,8 +94,12 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
         dst[at + c] = static_cast<float>(src[c * channel_stride + p]);
     return;
   }
+#if defined(FASTCLS_AVX512)
+  if (channels >= 16 && pixels >= 16)
+    return channels_to_pixels_16(src, channel_stride, channels, pixels, dst, layout);
+#endif
   const int rows = std::min<int64_t>(channels, 8);
-  for_blocks_8x8(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
+  for_squares<8>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
     __m256 lanes[8];
     for (int e = 0; e < 8; ++e)
       lanes[e] = e < rows ? load8(src + (c + e) * channel_stride + p) : _mm256_setzero_ps();
@@ -79,7 +118,12 @@ void pixels_to_channels(const S* src, const Pixels& layout, int64_t channels, in
         dst[c * channel_stride + p] = static_cast<D>(static_cast<float>(src[at + c]));
     return;
   }
-  for_blocks_8x8(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
+#if defined(FASTCLS_AVX512)
+  if constexpr (std::is_same_v<D, float>)
+    if (channels >= 16 && pixels >= 16)
+      return pixels_to_channels_16(src, layout, channels, pixels, dst, channel_stride);
+#endif
+  for_squares<8>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
     __m256 lanes[8];
     for (int e = 0; e < 8; ++e) lanes[e] = load8(src + at[e] + c);
     transpose8(lanes);

@@ -54,6 +54,36 @@ inline void transpose8(__m256 (&r)[8]) {
   }
 }
 
+#if defined(FASTCLS_AVX512)
+
+// The same for sixteen.
+inline void transpose16(__m512 (&r)[16]) {
+  __m512 pair[16], quad[16];
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  // quad[4 g + i] has column 4 q + i of rows 4 g … 4 g + 3 in its quarter q.
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even_low = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0xdd);
+    r[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    r[4 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    r[12 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+#endif
+
 // ---- four floats of each of eight rows, at p, p + row, …
 
 // One register of four floats of row i and of row i + 4.
