@@ -13,6 +13,18 @@ inline void for_each_vector(int64_t C, const F& f) {
   if (c < C) f(1, C - kLanes, std::true_type{});
 }
 
+// The same for groups of kInStep vectors: f(n, i, c, ragged) with n an integral_constant.
+template <typename F>
+inline void for_each_group(int64_t C, const F& f) {
+  using One = std::integral_constant<int, 1>;
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    for (int i = 0; i < 4; i += kInStep)
+      f(std::integral_constant<int, kInStep>{}, i, c + i * kLanes, std::false_type{});
+  for (; c + kLanes <= C; c += kLanes) f(One{}, 0, c, std::false_type{});
+  if (c < C) f(One{}, 1, C - kLanes, std::true_type{});
+}
+
 // The lanes of the ragged vector that no vector before it has.
 inline Vec only_new(int64_t C, Vec x) {
   return Vec::select(Vec::first(kLanes - static_cast<int>(C % kLanes)), Vec::zero(), x);
@@ -56,17 +68,20 @@ RowSums sum_row(const Run<T>& run, int64_t row, float m, float* powers) {
   const T* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
-  for_each_vector(run.C, [&](int i, int64_t c, auto ragged) {
-    const Vec below = Vec::load(x + c) - maximum;
-    Vec power = exp(below);
-    if constexpr (kStore) power.store(powers + c);
-    if (ragged) power = only_new(run.C, power);
-    sum.of[i] = sum.of[i] + power;
-    if constexpr (kSpread != Spread::kNone) {
-      Vec q = class_q<kSpread>(run, t, c), product = q * below;
-      if (ragged) q = only_new(run.C, q), product = only_new(run.C, product);
-      q_sum.of[i] = q_sum.of[i] + q;
-      q_dot.of[i] = q_dot.of[i] - product;
+  for_each_group(run.C, [&](auto n, int i, int64_t c, auto ragged) {
+    Vec below[n], power[n];
+    for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + c + k * kLanes) - maximum;
+    exp_each(power);
+    for (int k = 0; k < n; ++k, ++i, c += kLanes) {
+      if constexpr (kStore) power[k].store(powers + c);
+      if (ragged) power[k] = only_new(run.C, power[k]);
+      sum.of[i] = sum.of[i] + power[k];
+      if constexpr (kSpread != Spread::kNone) {
+        Vec q = class_q<kSpread>(run, t, c), product = q * below[k];
+        if (ragged) q = only_new(run.C, q), product = only_new(run.C, product);
+        q_sum.of[i] = q_sum.of[i] + q;
+        q_dot.of[i] = q_dot.of[i] - product;
+      }
     }
   });
   if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0};
