@@ -13,16 +13,29 @@ inline void for_each_vector(int64_t C, const F& f) {
   if (c < C) f(1, C - kLanes, std::true_type{});
 }
 
-// The same for groups of kInStep vectors: f(n, i, c, ragged) with n an integral_constant.
+// The same for groups of vectors that go through exp in step: f(n, i, c, ragged), with n an
+// integral_constant, for classes from c on and accumulators from i on. The last vector of a ragged
+// group is the ragged one.
 template <typename F>
 inline void for_each_group(int64_t C, const F& f) {
-  using One = std::integral_constant<int, 1>;
+  constexpr std::integral_constant<int, kInStep> kWhole;
+  constexpr std::integral_constant<int, 1> kOne;
   int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    for (int i = 0; i < 4; i += kInStep)
-      f(std::integral_constant<int, kInStep>{}, i, c + i * kLanes, std::false_type{});
-  for (; c + kLanes <= C; c += kLanes) f(One{}, 0, c, std::false_type{});
-  if (c < C) f(One{}, 1, C - kLanes, std::true_type{});
+    for (int i = 0; i < 4; i += kInStep) f(kWhole, i, c + i * kLanes, std::false_type{});
+  if constexpr (kInStep == 1) {
+    for (; c + kLanes <= C; c += kLanes) f(kOne, 0, c, std::false_type{});
+    if (c < C) f(kOne, 1, c, std::true_type{});
+  } else {
+    const auto rest = [&](auto ragged) {
+      const int64_t vectors = (C - c + kLanes - 1) / kLanes;
+      if (vectors == 4) f(std::integral_constant<int, 4>{}, 0, c, ragged);
+      if (vectors == 3) f(std::integral_constant<int, 3>{}, 0, c, ragged);
+      if (vectors == 2) f(std::integral_constant<int, 2>{}, 0, c, ragged);
+      if (vectors == 1) f(kOne, 0, c, ragged);
+    };
+    C % kLanes ? rest(std::true_type{}) : rest(std::false_type{});
+  }
 }
 
 // The lanes of the ragged vector that no vector before it has.
@@ -69,18 +82,20 @@ RowSums sum_row(const Run<T>& run, int64_t row, float m, float* powers) {
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
   for_each_group(run.C, [&](auto n, int i, int64_t c, auto ragged) {
+    const auto at = [&](int k) { return ragged && k == n - 1 ? run.C - kLanes : c + k * kLanes; };
     Vec below[n], power[n];
-    for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + c + k * kLanes) - maximum;
+    for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + at(k)) - maximum;
     exp_each(power);
-    for (int k = 0; k < n; ++k, ++i, c += kLanes) {
-      if constexpr (kStore) power[k].store(powers + c);
-      if (ragged) power[k] = only_new(run.C, power[k]);
-      sum.of[i] = sum.of[i] + power[k];
+    for (int k = 0; k < n; ++k) {
+      const bool overlaps = ragged && k == n - 1;
+      if constexpr (kStore) power[k].store(powers + at(k));
+      if (overlaps) power[k] = only_new(run.C, power[k]);
+      sum.of[i + k] = sum.of[i + k] + power[k];
       if constexpr (kSpread != Spread::kNone) {
-        Vec q = class_q<kSpread>(run, t, c), product = q * below[k];
-        if (ragged) q = only_new(run.C, q), product = only_new(run.C, product);
-        q_sum.of[i] = q_sum.of[i] + q;
-        q_dot.of[i] = q_dot.of[i] - product;
+        Vec q = class_q<kSpread>(run, t, at(k)), product = q * below[k];
+        if (overlaps) q = only_new(run.C, q), product = only_new(run.C, product);
+        q_sum.of[i + k] = q_sum.of[i + k] + q;
+        q_dot.of[i + k] = q_dot.of[i + k] - product;
       }
     }
   });

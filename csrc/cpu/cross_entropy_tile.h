@@ -14,6 +14,14 @@ void pack_tile(const T* x, int64_t row, int64_t cls, int64_t rows, int64_t C, fl
       transpose_quads(r);
       for (int i = 0; i < 4; ++i) r[i].store(tile + (c + i) * kLanes);
     }
+#if defined(FASTCLS_AVX512)
+  } else if (rows == kLanes && cls == 1) {
+    const int n = static_cast<int>(C);
+    Vec r[4];
+    for (int i = 0; i < 4; ++i) r[i] = load_quads_part(x + i * row, 4 * row, n);
+    transpose_quads(r);
+    for (int i = 0; i < n; ++i) r[i].store(tile + i * kLanes);
+#endif
   } else {
     for (int64_t c = 0; c < C; ++c)
       lanes_of([&](int i) {
@@ -35,6 +43,14 @@ void unpack_tile(const F& values, int64_t rows, int64_t C, T* out, int64_t row, 
       transpose_quads(r);
       for (int i = 0; i < 4; ++i) store_quads(out + i * row + c, 4 * row, r[i]);
     }
+#if defined(FASTCLS_AVX512)
+  } else if (rows == kLanes && cls == 1) {
+    const int n = static_cast<int>(C);
+    Vec r[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+    for (int i = 0; i < n; ++i) r[i] = values(i);
+    transpose_quads(r);
+    for (int i = 0; i < 4; ++i) store_quads_part(out + i * row, 4 * row, n, r[i]);
+#endif
   } else {
     for (int64_t c = 0; c < C; ++c) {
       float lanes[kLanes];
@@ -184,6 +200,7 @@ Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) 
   };
   int64_t c = 0;
   for (; c + kInStep <= C; c += kInStep) sum_classes(std::integral_constant<int, kInStep>{}, c);
+  if (kInStep > 2 && c + 2 <= C) sum_classes(std::integral_constant<int, 2>{}, c), c += 2;
   for (; c < C; ++c) sum_classes(std::integral_constant<int, 1>{}, c);
   if (!run.grad) return r;
   const Vec inverse = Vec::set(1.0f) / r.sum;

@@ -141,6 +141,38 @@ inline void store_quads(T* p, int64_t step, Vec x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * step), high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 3 * step), _mm_unpackhi_epi64(high, high));
 }
+// The first n < 4 floats of each row, where a row has no more; nothing else is touched.
+inline Vec load_quads_part(const float* p, int64_t step, int n) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(mask, p));
+  v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + step), 1);
+  v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + 2 * step), 2);
+  return {_mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + 3 * step), 3)};
+}
+template <typename T>
+inline Vec load_quads_part(const T* p, int64_t step, int n) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  const auto row = [&](int i) { return _mm_maskz_loadu_epi16(mask, p + i * step); };
+  const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi64(row(0), row(1)));
+  return {widen(_mm256_inserti128_si256(low, _mm_unpacklo_epi64(row(2), row(3)), 1), p)};
+}
+inline void store_quads_part(float* p, int64_t step, int n, Vec x) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  _mm_mask_storeu_ps(p, mask, _mm512_castps512_ps128(x.v));
+  _mm_mask_storeu_ps(p + step, mask, _mm512_extractf32x4_ps(x.v, 1));
+  _mm_mask_storeu_ps(p + 2 * step, mask, _mm512_extractf32x4_ps(x.v, 2));
+  _mm_mask_storeu_ps(p + 3 * step, mask, _mm512_extractf32x4_ps(x.v, 3));
+}
+template <typename T>
+inline void store_quads_part(T* p, int64_t step, int n, Vec x) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  const __m256i halves = to_half(x.v, p);
+  const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
+  _mm_mask_storeu_epi16(p, mask, low);
+  _mm_mask_storeu_epi16(p + step, mask, _mm_unpackhi_epi64(low, low));
+  _mm_mask_storeu_epi16(p + 2 * step, mask, high);
+  _mm_mask_storeu_epi16(p + 3 * step, mask, _mm_unpackhi_epi64(high, high));
+}
 // Transposes the 4 x 4 floats in each quarter.
 inline void transpose_quads(Vec (&r)[4]) {
   const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
