@@ -1,5 +1,5 @@
-// cross_entropy_plain: the commonest call of cross_entropy from Python straight to the kernel. For a
-// few rows, dispatcher and stable interface would take longer than PyTorch's whole loss.
+// cross_entropy_plain: the commonest call of cross_entropy from Python straight to the kernel. For
+// a few rows, dispatcher and stable interface would take longer than PyTorch's whole loss.
 //
 // Tensors are seen through the DLPack exchange table that torch.Tensor carries (a C interface, as
 // stable as the other one), outputs come from torch.empty_like. Whatever is not the commonest case,
@@ -92,8 +92,8 @@ Ref empty_scalar(PyObject* torch, const char* dtype) {
 bool find_view() {
   const Ref capsule = attribute(torch_.tensor, {"__dlpack_c_exchange_api__"});
   if (!capsule || !PyCapsule_IsValid(capsule.get(), "dlpack_exchange_api")) return false;
-  auto* table = static_cast<const DlExchange*>(
-      PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+  auto* table =
+      static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
   while (table && table->major != 1) table = table->previous;
   if (table) torch_.view = table->tensor_from_python;
   return torch_.view != nullptr;
@@ -216,8 +216,8 @@ PyObject* plain_call(PyObject* const* args) {
   plain.wide_loss =
       plain.type == ScalarType::Float ||
       Ref(PyObject_CallOneArg(torch_.is_autocast_enabled, torch_.cpu)).get() == Py_True;
-  Ref loss = empty_like(plain.wide_loss ? torch_.float_scalar : torch_.bfloat16_scalar, 0,
-                        &plain.loss);
+  Ref loss =
+      empty_like(plain.wide_loss ? torch_.float_scalar : torch_.bfloat16_scalar, 0, &plain.loss);
   if (!loss) return nullptr;
   plain.grad = nullptr;
   Ref grad;
@@ -250,8 +250,8 @@ PyObject* is_one(PyObject*, PyObject* scalar) {
 }
 
 PyMethodDef methods[] = {
-    {"cross_entropy_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(cross_entropy_plain)),
-     METH_FASTCALL,
+    {"cross_entropy_plain",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(cross_entropy_plain)), METH_FASTCALL,
      "(input, target, ignore_index, reduction, label_smoothing) -> (loss, gradient or None) of the "
      "commonest arguments, None for all others."},
     {"is_one", is_one, METH_O,

@@ -400,9 +400,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
                     data_or_null(saved, save == kSaveRows), data_or_null(saved, save == kSaveGrad),
                     count_hits};
   dispatch_types(type, s.prob ? target.scalar_type() : type, [&](auto t, auto p, auto acc) {
-    Problem<decltype(t), decltype(p), decltype(acc)> problem(
-        layout, input.const_data_ptr(), classes, weight, ignore_index,
-        effective_smoothing(label_smoothing));
+    Problem<decltype(t), decltype(p), decltype(acc)> problem(layout, input.const_data_ptr(),
+                                                             classes, weight, ignore_index,
+                                                             effective_smoothing(label_smoothing));
     const int64_t count = forward(problem, reduction, out);
     if (count_hits) *static_cast<int64_t*>(hits.mutable_data_ptr()) = count;
   });
