@@ -353,6 +353,7 @@ def _differentiable_grads(ctx, grad_out):
 # ------------------------------------------------------------------------------- cross_entropy
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's own ops number them
+_plain_cross_entropy, _is_one = _load._C.cross_entropy_plain, _load._C.is_one
 _SAVE_NOTHING, _SAVE_ROWS, _SAVE_GRAD = 0, 1, 2  # csrc/cross_entropy.h says what they are
 
 
@@ -395,6 +396,12 @@ def cross_entropy(
             the host wait, loss and gradient of such a row are NaN.
         RuntimeError: shapes, dtypes or devices that do not fit, named in the message.
     """
+    if weight is None and not torch.compiler.is_compiling():
+        settings = (ignore_index, _REDUCTIONS.get(reduction, 0), label_smoothing)
+        plain = _plain_cross_entropy(input, target, *settings)
+        if plain is not None:
+            loss, grad = plain
+            return loss if grad is None else _apply_plain(input, (target, settings, loss, grad))
     return _cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing, count_hits=False
     )
@@ -548,6 +555,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if _is_one(grad_loss) and "unit_grad" in ctx.__dict__ and not torch.is_grad_enabled():
+            return ctx.__dict__.pop("unit_grad"), None
         if grad_loss is None:
             return None, None
         if torch.is_grad_enabled():  # create_graph=True
@@ -566,6 +575,22 @@ class _CrossEntropy(torch.autograd.Function):
             if not math.isfinite(scale):  # 0 * inf would not leave the ignored rows 0
                 return _grad_from_logits(ctx, grad_loss), None
         return grad.mul_(_per_logit(grad_loss)), None
+
+
+class _PlainCrossEntropy(_CrossEntropy):
+    """The same for a loss and a gradient that are there already."""
+
+    @staticmethod
+    def forward(ctx, input, call):
+        target, ctx.settings, loss, ctx.unit_grad = call
+        ctx.save = _SAVE_GRAD
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, None)
+        return loss
+
+
+# Function.apply without its own wrapper, which is there for torch.func: a microsecond.
+_apply_plain = super(torch.autograd.Function, _PlainCrossEntropy).apply
 
 
 def _per_logit(grad_loss):

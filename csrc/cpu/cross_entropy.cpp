@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy_fast.h"
+#include "cpu/cross_entropy_plain.h"
 #include "cpu/isa.h"
 #include "dtypes.h"
 
@@ -95,6 +96,13 @@ bool all_in_range(const int64_t* y, int64_t n, int64_t C) {
   return bits >> 63 == 0;
 }
 
+// Class indices are contiguous; probabilities are read through the layout's strides.
+struct FlatTarget {
+  const void* data;
+  ScalarType type;
+  bool prob;
+};
+
 // Everything about one call that does not change from block to block.
 template <typename T, typename P, typename Acc>
 struct Problem {
@@ -102,29 +110,28 @@ struct Problem {
   FlatValues<Acc> weight;
   std::vector<Acc> uniform;
   RowRun<T, P, Acc> common{};  // pointers at row 0
-  const Tensor* target;        // contiguous if it holds indices
+  FlatTarget target;
   int64_t ignore_index;
   const int64_t* plain_classes = nullptr;  // the target itself, if that is what the kernels need
 
-  Problem(const RowLayout& layout, const CrossEntropyShape& s, const Tensor& input,
-          const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
-          double smoothing)
-      : layout(layout), weight(weight), target(&target), ignore_index(ignore_index) {
-    common.C = s.C;
-    common.x = static_cast<const T*>(input.const_data_ptr());
+  Problem(const RowLayout& layout, const void* input, const FlatTarget& target,
+          const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing)
+      : layout(layout), weight(weight), target(target), ignore_index(ignore_index) {
+    common.C = layout.C;
+    common.x = static_cast<const T*>(input);
     common.x_class = layout.class_stride[kInput], common.x_row = layout.row_stride(kInput);
-    common.prob = s.prob;
-    common.t = s.prob ? static_cast<const P*>(target.const_data_ptr()) : nullptr;
+    common.prob = target.prob;
+    common.t = target.prob ? static_cast<const P*>(target.data) : nullptr;
     common.t_class = layout.class_stride[kTarget], common.t_row = layout.row_stride(kTarget);
     common.grad_class = layout.class_stride[kGrad], common.grad_row = layout.row_stride(kGrad);
     common.weight = this->weight.data();
     common.keep = static_cast<Acc>(1 - smoothing);
-    common.spread = static_cast<Acc>(smoothing / s.C);
-    if (smoothing > 0 && !s.prob) spread_uniformly();
-    if (s.prob || (ignore_index >= 0 && ignore_index < s.C)) return;
-    if (target.scalar_type() != ScalarType::Long) return;
-    const int64_t* classes = static_cast<const int64_t*>(target.const_data_ptr());
-    common.all_valid = all_in_range(classes, layout.rows, s.C);
+    common.spread = static_cast<Acc>(smoothing / layout.C);
+    if (smoothing > 0 && !target.prob) spread_uniformly();
+    if (target.prob || (ignore_index >= 0 && ignore_index < layout.C)) return;
+    if (target.type != ScalarType::Long) return;
+    const int64_t* classes = static_cast<const int64_t*>(target.data);
+    common.all_valid = all_in_range(classes, layout.rows, layout.C);
     if (common.all_valid) plain_classes = classes;
   }
 
@@ -164,7 +171,7 @@ struct Problem {
 
  private:
   void copy_classes(int64_t begin, int64_t n, int64_t* y, std::atomic<int64_t>* bad) const {
-    visit_index(target->scalar_type(), target->const_data_ptr(), [&](auto* data) {
+    visit_index(target.type, target.data, [&](auto* data) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t value = static_cast<int64_t>(data[begin + i]);
         y[i] = value;
@@ -238,21 +245,29 @@ struct BlockSum {
   int64_t hits = 0;
 };
 
-void throw_out_of_range(const Tensor& target, int64_t row, int64_t C) {
+void throw_out_of_range(const FlatTarget& target, int64_t row, int64_t C) {
   std::string got;
-  visit_index(target.scalar_type(), target.const_data_ptr(),
-              [&](auto* data) { got = std::to_string(data[row]); });
+  visit_index(target.type, target.data, [&](auto* data) { got = std::to_string(data[row]); });
   throw std::out_of_range(message("cross_entropy: target must be in [0, ", C,
                                   ") or ignore_index, got ", got, " in row ", row));
 }
 
-// Puts values into out [begin, begin + n), of dtype T or Acc.
+// What a forward pass writes; hits are in its result.
+struct Outputs {
+  void* loss;   // one number, or one per row
+  bool wide;    // the loss is Acc, not T
+  void* stats;  // [2 rows + 1] Acc, or null
+  void* grad;   // logits' dtype and layout, or null
+  bool count_hits;
+};
+
+// Puts values into out [begin, begin + n), of dtype Acc if `wide`, else T.
 template <typename T, typename Acc>
-void store_values(const Acc* values, int64_t n, const Tensor& out, int64_t begin) {
-  if (out.scalar_type() == accumulate_type(out.scalar_type())) {
-    std::copy_n(values, n, static_cast<Acc*>(out.mutable_data_ptr()) + begin);
+void store_values(const Acc* values, int64_t n, void* out, bool wide, int64_t begin) {
+  if (wide) {
+    std::copy_n(values, n, static_cast<Acc*>(out) + begin);
   } else {
-    std::transform(values, values + n, static_cast<T*>(out.mutable_data_ptr()) + begin,
+    std::transform(values, values + n, static_cast<T*>(out) + begin,
                    [](Acc value) { return static_cast<T>(value); });
   }
 }
@@ -285,19 +300,18 @@ double sum_of(const Acc* values, int64_t n) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Loss and number of hits of all rows; fills what is saved, and `row_losses` where each row's is
-// asked for.
+// Fills the outputs and returns the number of hits.
 template <typename T, typename P, typename Acc>
-BlockSum forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t save, bool hits,
-                 const Tensor& saved, const Tensor& row_losses) {
+int64_t forward(Problem<T, P, Acc>& problem, int64_t reduction, const Outputs& out) {
   const RowLayout& layout = problem.layout;
-  Acc* stats = save == kSaveRows ? static_cast<Acc*>(saved.mutable_data_ptr()) : nullptr;
+  problem.common.grad = static_cast<T*>(out.grad);
+  Acc* stats = static_cast<Acc*>(out.stats);
   std::vector<BlockSum> sums(number_of_blocks(layout));
   std::atomic<int64_t> bad{layout.rows};
-  const bool divide = save == kSaveGrad && reduction == kMean;
+  const bool divide = out.grad && reduction == kMean;
   const Acc unit =
       divide ? static_cast<Acc>(1 / mean_divisor(total_weight(problem, &bad))) : Acc(1);
-  if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
+  if (bad < layout.rows) throw_out_of_range(problem.target, bad, layout.C);
   const Kernels<T, P, Acc> kernels(problem.common);
   for_each_block(layout, kThreadElements, [&](int64_t i, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];
@@ -305,23 +319,28 @@ BlockSum forward(const Problem<T, P, Acc>& problem, int64_t reduction, int64_t s
     std::fill_n(scale, n + kPadding, unit);
     RowRun<T, P, Acc> block = problem.common;
     block.loss = losses, block.scale = scale;
-    if (hits) block.hits = &sums[i].hits;
+    if (out.count_hits) block.hits = &sums[i].hits;
     if (stats) block.maximum = stats + begin, block.log_sum = stats + layout.rows + begin;
     sums[i].weight = problem.load_classes(begin, n, y, &block, &bad);
     problem.for_each_run(begin, n, block, kernels.forward);
     if (reduction == kNone) {
-      store_values<T>(losses, n, row_losses, begin);
+      store_values<T>(losses, n, out.loss, out.wide, begin);
     } else {
       sums[i].loss = sum_of(losses, n);
     }
   });
-  if (bad < layout.rows) throw_out_of_range(*problem.target, bad, layout.C);
+  if (bad < layout.rows) throw_out_of_range(problem.target, bad, layout.C);
   BlockSum total;
   for (const BlockSum& sum : sums)
     total.loss += sum.loss, total.weight += sum.weight, total.hits += sum.hits;
   total.weight = mean_divisor(total.weight);
-  if (stats) stats[2 * layout.rows] = layout.C == 0 ? 0 : static_cast<Acc>(total.weight);
-  return layout.C == 0 ? BlockSum{} : total;  // no logits: sums are 0 and means NaN, as in PyTorch
+  if (layout.C == 0) total = {};  // no logits: sums are 0 and means NaN, as in PyTorch
+  if (stats) stats[2 * layout.rows] = static_cast<Acc>(total.weight);
+  if (reduction != kNone) {
+    const Acc value = reduction == kMean ? total.loss / total.weight : total.loss;
+    store_values<T>(&value, 1, out.loss, out.wide, 0);
+  }
+  return total.hits;
 }
 
 template <typename T, typename P, typename Acc>
@@ -355,6 +374,8 @@ Tensor flat_target(const CrossEntropyShape& s, const Tensor& target) {
   return s.prob ? target : torch::stable::contiguous(target);
 }
 
+void* data_or_null(const Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
@@ -374,16 +395,16 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
   const RowLayout layout =
       row_layout(op, s, {&input, s.prob ? &target : nullptr, save == kSaveGrad ? &saved : nullptr});
   const Tensor flat = flat_target(s, target);
+  const FlatTarget classes{flat.const_data_ptr(), flat.scalar_type(), s.prob};
+  const Outputs out{loss.mutable_data_ptr(), float_loss || type == accumulate_type(type),
+                    data_or_null(saved, save == kSaveRows), data_or_null(saved, save == kSaveGrad),
+                    count_hits};
   dispatch_types(type, s.prob ? target.scalar_type() : type, [&](auto t, auto p, auto acc) {
-    Problem<decltype(t), decltype(p), decltype(acc)> problem(
-        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    if (save == kSaveGrad)
-      problem.common.grad = static_cast<decltype(t)*>(saved.mutable_data_ptr());
-    const BlockSum sum = forward(problem, reduction, save, count_hits, saved, loss);
-    if (count_hits) *static_cast<int64_t*>(hits.mutable_data_ptr()) = sum.hits;
-    if (reduction == kNone) return;
-    const decltype(acc) value = reduction == kMean ? sum.loss / sum.weight : sum.loss;
-    store_values<decltype(t)>(&value, 1, loss, 0);
+    Problem<decltype(t), decltype(p), decltype(acc)> problem(layout, input.const_data_ptr(),
+                                                             classes, weight, ignore_index,
+                                                             effective_smoothing(label_smoothing));
+    const int64_t count = forward(problem, reduction, out);
+    if (count_hits) *static_cast<int64_t*>(hits.mutable_data_ptr()) = count;
   });
   return {loss, saved, hits};
 }
@@ -402,11 +423,25 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   const ScalarType type = input.scalar_type();
   dispatch_types(type, s.prob ? target.scalar_type() : type, [&](auto t, auto p, auto acc) {
     Problem<decltype(t), decltype(p), decltype(acc)> problem(
-        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
+        layout, input.const_data_ptr(), {flat.const_data_ptr(), flat.scalar_type(), s.prob}, weight,
+        ignore_index, effective_smoothing(label_smoothing));
     problem.common.grad = static_cast<decltype(t)*>(grad.mutable_data_ptr());
     backward(problem, reduction, grad_loss, saved);
   });
   return grad;
+}
+
+void cross_entropy_plain(const PlainCrossEntropy& call) {
+  RowLayout layout;  // contiguous [rows, C] throughout
+  layout.rows = call.rows, layout.C = call.C, layout.dims = 1, layout.size[0] = call.rows;
+  for (int k : {kInput, kGrad}) layout.stride[k][0] = call.C, layout.class_stride[k] = 1;
+  const Outputs out{call.loss, call.wide_loss, nullptr, call.grad, false};
+  dispatch_types(call.type, call.type, [&](auto t, auto p, auto acc) {
+    Problem<decltype(t), decltype(p), decltype(acc)> problem(
+        layout, call.input, {call.target, ScalarType::Long, false}, std::nullopt, call.ignore_index,
+        effective_smoothing(call.label_smoothing));
+    forward(problem, call.reduction, out);
+  });
 }
 
 }  // namespace fastcls::cpu

@@ -13,6 +13,31 @@ inline void for_each_vector(int64_t C, const F& f) {
   if (c < C) f(1, C - kLanes, std::true_type{});
 }
 
+// The same for groups of vectors that go through exp in step: f(n, i, c, ragged), with n an
+// integral_constant, for classes from c on and accumulators from i on. The last vector of a ragged
+// group is the ragged one.
+template <typename F>
+inline void for_each_group(int64_t C, const F& f) {
+  constexpr std::integral_constant<int, kInStep> kWhole;
+  constexpr std::integral_constant<int, 1> kOne;
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    for (int i = 0; i < 4; i += kInStep) f(kWhole, i, c + i * kLanes, std::false_type{});
+  if constexpr (kInStep == 1) {
+    for (; c + kLanes <= C; c += kLanes) f(kOne, 0, c, std::false_type{});
+    if (c < C) f(kOne, 1, c, std::true_type{});
+  } else {
+    const auto rest = [&](auto ragged) {
+      const int64_t vectors = (C - c + kLanes - 1) / kLanes;
+      if (vectors == 4) f(std::integral_constant<int, 4>{}, 0, c, ragged);
+      if (vectors == 3) f(std::integral_constant<int, 3>{}, 0, c, ragged);
+      if (vectors == 2) f(std::integral_constant<int, 2>{}, 0, c, ragged);
+      if (vectors == 1) f(kOne, 0, c, ragged);
+    };
+    C % kLanes ? rest(std::true_type{}) : rest(std::false_type{});
+  }
+}
+
 // The lanes of the ragged vector that no vector before it has.
 inline Vec only_new(int64_t C, Vec x) {
   return Vec::select(Vec::first(kLanes - static_cast<int>(C % kLanes)), Vec::zero(), x);
@@ -56,17 +81,22 @@ RowSums sum_row(const Run<T>& run, int64_t row, float m, float* powers) {
   const T* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
-  for_each_vector(run.C, [&](int i, int64_t c, auto ragged) {
-    const Vec below = Vec::load(x + c) - maximum;
-    Vec power = exp(below);
-    if constexpr (kStore) power.store(powers + c);
-    if (ragged) power = only_new(run.C, power);
-    sum.of[i] = sum.of[i] + power;
-    if constexpr (kSpread != Spread::kNone) {
-      Vec q = class_q<kSpread>(run, t, c), product = q * below;
-      if (ragged) q = only_new(run.C, q), product = only_new(run.C, product);
-      q_sum.of[i] = q_sum.of[i] + q;
-      q_dot.of[i] = q_dot.of[i] - product;
+  for_each_group(run.C, [&](auto n, int i, int64_t c, auto ragged) {
+    const auto at = [&](int k) { return ragged && k == n - 1 ? run.C - kLanes : c + k * kLanes; };
+    Vec below[n], power[n];
+    for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + at(k)) - maximum;
+    exp_each(power);
+    for (int k = 0; k < n; ++k) {
+      const bool overlaps = ragged && k == n - 1;
+      if constexpr (kStore) power[k].store(powers + at(k));
+      if (overlaps) power[k] = only_new(run.C, power[k]);
+      sum.of[i + k] = sum.of[i + k] + power[k];
+      if constexpr (kSpread != Spread::kNone) {
+        Vec q = class_q<kSpread>(run, t, at(k)), product = q * below[k];
+        if (overlaps) q = only_new(run.C, q), product = only_new(run.C, product);
+        q_sum.of[i + k] = q_sum.of[i + k] + q;
+        q_dot.of[i + k] = q_dot.of[i + k] - product;
+      }
     }
   });
   if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0};

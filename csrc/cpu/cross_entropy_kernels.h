@@ -53,7 +53,7 @@ void finish_rows(const Run<T>& run, int64_t first, int64_t rows, const Rows& r) 
 // ---- entry points
 
 // Up to here a tile is cheaper than the sums across lanes and the ragged ends of "by class".
-constexpr int64_t kFewClasses = 96;
+constexpr int64_t kFewClasses = kLanes == 16 ? 64 : 96;
 constexpr int64_t kGroupedClasses = 512;
 
 template <typename T>

@@ -1,55 +1,61 @@
 // Cross-entropy of kLanes rows at once, one to a lane, for few classes or strided ones. Part of
 // cross_entropy_kernels.h.
 
-// Copies rows [rows, C] of any strides into tile [C][kLanes], eight lanes at a time. Lanes without
-// a row are 0.
+// Copies rows [rows, C] of any strides into tile [C][kLanes]. Lanes without a row are 0.
 template <typename T>
 void pack_tile(const T* x, int64_t row, int64_t cls, int64_t rows, int64_t C, float* tile) {
-  for (int lane = 0; lane < kLanes; lane += 8, x += 8 * row, tile += 8) {
-    const int64_t n = rows - lane;
-    if (n >= 8 && row == 1) {
-      for (int64_t c = 0; c < C; ++c) store8(tile + c * kLanes, load8(x + c * cls));
-    } else if (n >= 8 && cls == 1 && C >= 4) {
-      for (int64_t next = 0; next < C; next += 4) {
-        const int64_t c = std::min(next, C - 4);  // the last block overlaps the one before
-        __m256 r[4];
-        for (int i = 0; i < 4; ++i) r[i] = load4x2(x + i * row + c, 4 * row);
-        transpose4x2(r);
-        for (int i = 0; i < 4; ++i) store8(tile + (c + i) * kLanes, r[i]);
-      }
-    } else {
-      for (int64_t c = 0; c < C; ++c) {
-        const auto at = [&](int i) {
-          return i < n ? static_cast<float>(x[i * row + c * cls]) : 0.0f;
-        };
-        store8(tile + c * kLanes,
-               _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
-      }
+  if (rows == kLanes && row == 1) {
+    for (int64_t c = 0; c < C; ++c) Vec::load(x + c * cls).store(tile + c * kLanes);
+  } else if (rows == kLanes && cls == 1 && C >= 4) {
+    for (int64_t next = 0; next < C; next += 4) {
+      const int64_t c = std::min(next, C - 4);  // the last block overlaps the one before
+      Vec r[4];
+      for (int i = 0; i < 4; ++i) r[i] = load_quads(x + i * row + c, 4 * row);
+      transpose_quads(r);
+      for (int i = 0; i < 4; ++i) r[i].store(tile + (c + i) * kLanes);
     }
+#if defined(FASTCLS_AVX512)
+  } else if (rows == kLanes && cls == 1) {
+    const int n = static_cast<int>(C);
+    Vec r[4];
+    for (int i = 0; i < 4; ++i) r[i] = load_quads_part(x + i * row, 4 * row, n);
+    transpose_quads(r);
+    for (int i = 0; i < n; ++i) r[i].store(tile + i * kLanes);
+#endif
+  } else {
+    for (int64_t c = 0; c < C; ++c)
+      lanes_of([&](int i) {
+        return i < rows ? static_cast<float>(x[i * row + c * cls]) : 0.0f;
+      }).store(tile + c * kLanes);
   }
 }
 
-// The way back, of the values(lane, c) of lanes [lane, lane + 8) and class c.
+// The way back, of the values(c) of the rows.
 template <typename T, typename F>
 void unpack_tile(const F& values, int64_t rows, int64_t C, T* out, int64_t row, int64_t cls) {
-  for (int lane = 0; lane < rows; lane += 8, out += 8 * row) {
-    const int64_t n = std::min<int64_t>(rows - lane, 8);
-    if (n == 8 && row == 1) {
-      for (int64_t c = 0; c < C; ++c) store8(out + c * cls, values(lane, c));
-    } else if (n == 8 && cls == 1 && C >= 4) {
-      for (int64_t next = 0; next < C; next += 4) {
-        const int64_t c = std::min(next, C - 4);
-        __m256 r[4];
-        for (int i = 0; i < 4; ++i) r[i] = values(lane, c + i);
-        transpose4x2(r);
-        for (int i = 0; i < 4; ++i) store4x2(out + i * row + c, 4 * row, r[i]);
-      }
-    } else {
-      for (int64_t c = 0; c < C; ++c) {
-        float lanes[8];
-        store8(lanes, values(lane, c));
-        for (int64_t i = 0; i < n; ++i) out[i * row + c * cls] = static_cast<T>(lanes[i]);
-      }
+  if (rows == kLanes && row == 1) {
+    for (int64_t c = 0; c < C; ++c) put(out + c * cls, values(c));
+  } else if (rows == kLanes && cls == 1 && C >= 4) {
+    for (int64_t next = 0; next < C; next += 4) {
+      const int64_t c = std::min(next, C - 4);
+      Vec r[4];
+      for (int i = 0; i < 4; ++i) r[i] = values(c + i);
+      transpose_quads(r);
+      for (int i = 0; i < 4; ++i) store_quads(out + i * row + c, 4 * row, r[i]);
+    }
+#if defined(FASTCLS_AVX512)
+  } else if (rows == kLanes && cls == 1) {
+    const int n = static_cast<int>(C);
+    Vec r[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+    for (int i = 0; i < n; ++i) r[i] = values(i);
+    transpose_quads(r);
+    for (int i = 0; i < 4; ++i) store_quads_part(out + i * row, 4 * row, n, r[i]);
+#endif
+  } else {
+    for (int64_t c = 0; c < C; ++c) {
+      float lanes[kLanes];
+      values(c).store(lanes);
+      for (int64_t i = 0; i < rows; ++i) out[i * row + c * cls] = static_cast<T>(lanes[i]);
     }
   }
 }
@@ -60,6 +66,25 @@ inline Vec tile_q(const Run<T>& run, const float* t, int64_t c) {
   if constexpr (kSpread == Spread::kSmoothing) return Vec::set(run.uniform[c]);
   const Vec q = Vec::fma(Vec::set(run.keep), Vec::load(t + c * kLanes), Vec::set(run.spread));
   return run.weight ? Vec::set(run.weight[c]) * q : q;
+}
+
+// Up to here a row's own class is found by comparing every class with it: two operations a vector
+// where there are mask registers, against some four for each row to go to memory one by one.
+constexpr int64_t kComparedClasses = kLanes == 16 ? 32 : 0;
+constexpr float kNumbers[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+// The classes of rows [0, rows) as floats, kIgnored included; 0 in the other lanes.
+inline Vec class_numbers(const int64_t* y, int64_t rows) {
+#if defined(FASTCLS_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+  const __m512i low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), y);
+  const __m512i high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), y + 8);
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtepi64_ps(low)),
+                             _mm512_cvtepi64_ps(high), 1)};
+#else
+  return lanes_of([&](int i) { return i < rows ? static_cast<float>(y[i]) : 0.0f; });
+#endif
 }
 
 // Lanes f(i, class of row first + i), f(i, 0) where a row is ignored or missing.
@@ -99,30 +124,24 @@ int64_t tile_hits(const Run<T>& run, int64_t first, int64_t rows, int64_t from, 
 template <Spread kSpread, typename T>
 void write_tile_gradient(const Run<T>& run, int64_t first, int64_t rows, const Rows& r, Vec factor,
                          Vec p_y, const float* tile, const float* t_tile) {
-  const float* scale = run.scale + first;
-  float factors[kLanes];
-  factor.store(factors);
-  const auto gradient = [&](int lane, int64_t c) {
-    const __m256 p = _mm256_mul_ps(load8(factors + lane), load8(tile + c * kLanes + lane));
-    if constexpr (kSpread == Spread::kNone) return p;
-    __m256 q;
-    if constexpr (kSpread == Spread::kSmoothing) {
-      q = _mm256_set1_ps(run.uniform[c]);
-    } else {
-      q = _mm256_fmadd_ps(_mm256_set1_ps(run.keep), load8(t_tile + c * kLanes + lane),
-                          _mm256_set1_ps(run.spread));
-      if (run.weight) q = _mm256_mul_ps(q, _mm256_set1_ps(run.weight[c]));
-    }
-    return _mm256_fnmadd_ps(load8(scale + lane), q, p);
-  };
-  T* grad = run.grad + first * run.grad_row;
-  unpack_tile(gradient, rows, run.C, grad, run.grad_row, run.grad_class);
-  if (kSpread == Spread::kProbabilities) return;
+  const Vec scale = Vec::load(run.scale + first);
+  constexpr bool kIndex = kSpread != Spread::kProbabilities;
+  const bool compared = kIndex && run.C <= kComparedClasses;
+  const Vec numbers = compared ? class_numbers(run.y + first, rows) : Vec::zero();
   Vec g_y = (r.q_sum + r.at_target) * p_y;
   if constexpr (kSpread == Spread::kSmoothing)
     g_y = g_y - lanes_of_targets(run, first, rows, [&](int, int64_t y) { return run.uniform[y]; });
+  g_y = scale * (g_y - r.at_target);
+  const auto gradient = [&](int64_t c) {
+    Vec g = factor * Vec::load(tile + c * kLanes);
+    if constexpr (kSpread != Spread::kNone) g = g - scale * tile_q<kSpread>(run, t_tile, c);
+    return compared ? Vec::select(Vec::equal(numbers, Vec::set(kNumbers[c])), g_y, g) : g;
+  };
+  T* grad = run.grad + first * run.grad_row;
+  unpack_tile(gradient, rows, run.C, grad, run.grad_row, run.grad_class);
+  if (!kIndex || (compared && run.all_valid)) return;
   float lanes[kLanes];
-  (Vec::load(scale) * (g_y - r.at_target)).store(lanes);
+  g_y.store(lanes);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = run.y[first + i];
     if (run.all_valid || y != kIgnored) {
@@ -145,25 +164,44 @@ Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) 
   if (run.hits) *run.hits += tile_hits(run, first, rows, from, tile);
 
   Rows r{Vec::load(tile), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-  for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
+  const bool compared = kSpread != Spread::kProbabilities && C <= kComparedClasses;
+  if (compared) {
+    const Vec numbers = class_numbers(run.y + first, rows);
+    for (int64_t c = 0; c < C; ++c) {
+      const Vec x = Vec::load(tile + c * kLanes);
+      r.maximum = Vec::max(x, r.maximum);
+      r.below_y = Vec::select(Vec::equal(numbers, Vec::set(kNumbers[c])), x, r.below_y);
+    }
+    r.below_y = r.below_y - r.maximum;
+  } else {
+    for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
+  }
   if constexpr (kSpread == Spread::kProbabilities) {
     pack_tile(run.t + first * run.t_row, run.t_row, run.t_class, rows, C, t_tile);
   } else {
     const auto x_y = [&](int i, int64_t y) { return tile[y * kLanes + i]; };
-    r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
+    if (!compared) r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
     r.at_target = tile_target_weights(run, first, rows);
   }
-  for (int64_t c = 0; c < C; ++c) {
-    const Vec below = Vec::load(tile + c * kLanes) - r.maximum;
-    const Vec power = exp(below);
-    r.sum = r.sum + power;
-    power.store(tile + c * kLanes);
-    if constexpr (kSpread != Spread::kNone) {
-      const Vec q = tile_q<kSpread>(run, t_tile, c);
-      r.q_sum = r.q_sum + q;
-      r.q_dot = r.q_dot - q * below;
+  const auto sum_classes = [&](auto n, int64_t c) {
+    Vec below[n], power[n];
+    for (int k = 0; k < n; ++k)
+      power[k] = below[k] = Vec::load(tile + (c + k) * kLanes) - r.maximum;
+    exp_each(power);
+    for (int k = 0; k < n; ++k) {
+      r.sum = r.sum + power[k];
+      power[k].store(tile + (c + k) * kLanes);
+      if constexpr (kSpread != Spread::kNone) {
+        const Vec q = tile_q<kSpread>(run, t_tile, c + k);
+        r.q_sum = r.q_sum + q;
+        r.q_dot = r.q_dot - q * below[k];
+      }
     }
-  }
+  };
+  int64_t c = 0;
+  for (; c + kInStep <= C; c += kInStep) sum_classes(std::integral_constant<int, kInStep>{}, c);
+  if (kInStep > 2 && c + 2 <= C) sum_classes(std::integral_constant<int, 2>{}, c), c += 2;
+  for (; c < C; ++c) sum_classes(std::integral_constant<int, 1>{}, c);
   if (!run.grad) return r;
   const Vec inverse = Vec::set(1.0f) / r.sum;
   const Vec factor = Vec::load(run.scale + first) * ((r.q_sum + r.at_target) * inverse);

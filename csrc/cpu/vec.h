@@ -53,6 +53,11 @@ struct Vec {
   static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+  static Mask not_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
+  // a * b + c where m is set, else 0: here the mask costs nothing.
+  static Vec fma_or_zero(Mask m, Vec a, Vec b, Vec c) {
+    return {_mm512_maskz_fmadd_ps(m, a.v, b.v, c.v)};
+  }
 };
 
 #else
@@ -107,6 +112,11 @@ struct Vec {
   }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static Mask not_less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ); }
+  // a * b + c where m is set, else 0.
+  static Vec fma_or_zero(Mask m, Vec a, Vec b, Vec c) {
+    return {_mm256_and_ps(m, _mm256_fmadd_ps(a.v, b.v, c.v))};
+  }
 };
 
 #endif

@@ -2,30 +2,8 @@
 // the same way: inside an ISA's namespace and target region, without an include guard.
 
 constexpr int kLanes = Vec::kLanes;
-
-// log(x) for x >= 1 and NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)), z = m - 1:
-// log(x) = e ln 2 + z - z²/2 + z³ P(z). ln 2 comes in two parts, of which the first has zeros
-// enough at its end for e ln2_high to be exact.
-inline __m256 log8(__m256 x) {
-  const __m256i bits = _mm256_castps_si256(x);
-  // Counting exponents from sqrt(1/2) puts m into its interval.
-  const __m256i from_root = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3));
-  const __m256 e = _mm256_cvtepi32_ps(_mm256_srai_epi32(from_root, 23));
-  const __m256i mantissa = _mm256_and_si256(from_root, _mm256_set1_epi32(0x007fffff));
-  const __m256 m = _mm256_castsi256_ps(_mm256_add_epi32(mantissa, _mm256_set1_epi32(0x3f3504f3)));
-  const __m256 z = _mm256_sub_ps(m, _mm256_set1_ps(1.0f));
-  constexpr float kP[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
-                          -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
-                          2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
-  __m256 p = _mm256_set1_ps(kP[0]);
-  for (int i = 1; i < 9; ++i) p = _mm256_fmadd_ps(p, z, _mm256_set1_ps(kP[i]));
-  const __m256 z2 = _mm256_mul_ps(z, z);
-  __m256 y = _mm256_mul_ps(_mm256_mul_ps(z2, z), p);
-  y = _mm256_fmadd_ps(e, _mm256_set1_ps(-2.12194440e-4f), y);
-  y = _mm256_fnmadd_ps(_mm256_set1_ps(0.5f), z2, y);
-  y = _mm256_fmadd_ps(e, _mm256_set1_ps(0.693359375f), _mm256_add_ps(z, y));
-  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-}
+// Vectors that go through exp in step. Sixteen registers hold the constants and one.
+constexpr int kInStep = kLanes == 16 ? 4 : 1;
 
 // ---- whole vectors
 
@@ -37,14 +15,18 @@ inline Vec power_of_low_bits(Vec x) {
 }
 inline float reduce_sum(Vec x) { return _mm512_reduce_add_ps(x.v); }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x.v); }
-inline Vec log(Vec x) {
-  const __m256 low = log8(_mm512_castps512_ps256(x.v)), high = log8(_mm512_extractf32x8_ps(x.v, 1));
-  return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)); counting exponents from sqrt(1/2) puts m there.
+inline Vec split(Vec x, Vec* m) {
+  const __m512i root = _mm512_set1_epi32(0x3f3504f3);
+  const __m512i from_root = _mm512_sub_epi32(_mm512_castps_si512(x.v), root);
+  const __m512i mantissa = _mm512_and_si512(from_root, _mm512_set1_epi32(0x007fffff));
+  *m = {_mm512_castsi512_ps(_mm512_add_epi32(mantissa, root))};
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(from_root, 23))};
 }
+inline void put(float* p, Vec x) { x.store(p); }
 template <typename T>
 inline void put(T* p, Vec x) {
-  store8(p, _mm512_castps512_ps256(x.v));
-  store8(p + 8, _mm512_extractf32x8_ps(x.v, 1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(x.v, p));
 }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // Lanes f(0), f(1), …, put together in registers: a vector loaded right after its floats were
@@ -72,7 +54,14 @@ inline float reduce_max(Vec x) {
   v = _mm_max_ps(v, _mm_movehl_ps(v, v));
   return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
 }
-inline Vec log(Vec x) { return {log8(x.v)}; }
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)); counting exponents from sqrt(1/2) puts m there.
+inline Vec split(Vec x, Vec* m) {
+  const __m256i root = _mm256_set1_epi32(0x3f3504f3);
+  const __m256i from_root = _mm256_sub_epi32(_mm256_castps_si256(x.v), root);
+  const __m256i mantissa = _mm256_and_si256(from_root, _mm256_set1_epi32(0x007fffff));
+  *m = {_mm256_castsi256_ps(_mm256_add_epi32(mantissa, root))};
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(from_root, 23))};
+}
 template <typename T>
 inline void put(T* p, Vec x) {
   store8(p, x.v);
@@ -87,25 +76,53 @@ inline Vec lanes_of(const F& f) {
 
 #endif
 
-// e^x for x <= 1, -inf and NaN; 0 below the smallest normal number. x = n ln 2 + r with
+// log(x) for x >= 1 and NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)), z = m - 1:
+// log(x) = e ln 2 + z - z²/2 + z³ P(z). ln 2 comes in two parts, of which the first has zeros
+// enough at its end for e ln2_high to be exact.
+inline Vec log(Vec x) {
+  constexpr float kP[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                          -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                          2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  Vec m;
+  const Vec e = split(x, &m), z = m - Vec::set(1.0f), z2 = z * z;
+  Vec p = Vec::set(kP[0]);
+  for (int i = 1; i < 9; ++i) p = Vec::fma(p, z, Vec::set(kP[i]));
+  Vec y = Vec::fma(e, Vec::set(-2.12194440e-4f), (z2 * z) * p);
+  y = Vec::fma(Vec::set(-0.5f), z2, y);
+  y = Vec::fma(e, Vec::set(0.693359375f), z + y);
+  return Vec::select(Vec::is_nan(x), x, y);
+}
+
+// e^x in place for x <= 1, -inf and NaN; 0 below the smallest normal number. x = n ln 2 + r with
 // |r| <= ln 2 / 2; e^x = 2^n (1 + r + r² P(r)). P has the least greatest relative error among
 // polynomials of its degree: 3.2e-9, a twentieth of what rounding adds. Adding 1.5 * 2^23 + 127
 // rounds to a whole number and leaves n + 127 in the lowest bits. Ten operations of the multiplying
-// units, which are what limits it.
-inline Vec exp(Vec x) {
+// units, which are what limits it: the K vectors go in step, because with one chain of operations
+// after the other the processor's queue is full of waiting ones before it meets the next chain.
+template <int K>
+[[gnu::always_inline]] inline void exp_each(Vec (&x)[K]) {
+  constexpr float kP[] = {8.3686923608e-3f, 4.1668262333e-2f, 1.6666521132e-1f, 4.9999994040e-1f};
   const Vec shift = Vec::set(12582912.0f + 127.0f);
-  const Vec shifted = Vec::fma(x, Vec::set(1.44269504088896341f), shift);
-  const Vec n = shifted - shift;
-  Vec r = Vec::fma(n, Vec::set(-0.693359375f), x);
-  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
-  Vec p = Vec::set(1.3821654720e-3f);
-  p = Vec::fma(p, r, Vec::set(8.3686923608e-3f));
-  p = Vec::fma(p, r, Vec::set(4.1668262333e-2f));
-  p = Vec::fma(p, r, Vec::set(1.6666521132e-1f));
-  p = Vec::fma(p, r, Vec::set(4.9999994040e-1f));
-  const Vec power = power_of_low_bits(shifted);
-  const Vec y = Vec::fma(Vec::fma(p * r, r, r), power, power);
-  return Vec::select(Vec::greater(Vec::set(-87.3365402f), x), Vec::zero(), y);
+  Vec power[K], n[K], r[K], p[K];
+  typename Vec::Mask normal[K];
+  for (int i = 0; i < K; ++i) power[i] = Vec::fma(x[i], Vec::set(1.44269504088896341f), shift);
+  for (int i = 0; i < K; ++i) n[i] = power[i] - shift;
+  for (int i = 0; i < K; ++i) r[i] = Vec::fma(n[i], Vec::set(-0.693359375f), x[i]);
+  for (int i = 0; i < K; ++i) normal[i] = Vec::not_less(x[i], Vec::set(-87.3365402f));
+  for (int i = 0; i < K; ++i) r[i] = Vec::fma(n[i], Vec::set(2.12194440e-4f), r[i]);
+  for (int i = 0; i < K; ++i) p[i] = Vec::fma(Vec::set(1.3821654720e-3f), r[i], Vec::set(kP[0]));
+  for (int k = 1; k < 4; ++k)
+    for (int i = 0; i < K; ++i) p[i] = Vec::fma(p[i], r[i], Vec::set(kP[k]));
+  for (int i = 0; i < K; ++i) p[i] = p[i] * r[i];
+  for (int i = 0; i < K; ++i) power[i] = power_of_low_bits(power[i]);
+  for (int i = 0; i < K; ++i) p[i] = Vec::fma(p[i], r[i], r[i]);
+  for (int i = 0; i < K; ++i) x[i] = Vec::fma_or_zero(normal[i], p[i], power[i], power[i]);
+}
+
+inline Vec exp(Vec x) {
+  Vec one[1] = {x};
+  exp_each(one);
+  return one[0];
 }
 
 // p[0 … count), count < kLanes, the other lanes `fill`.

@@ -123,3 +123,108 @@ inline void transpose4x2(__m256 (&r)[4]) {
   r[0] = _mm256_shuffle_ps(a, c, 0x44), r[1] = _mm256_shuffle_ps(a, c, 0xee);
   r[2] = _mm256_shuffle_ps(b, d, 0x44), r[3] = _mm256_shuffle_ps(b, d, 0xee);
 }
+
+// ---- four floats of each of kLanes rows
+
+#if defined(FASTCLS_AVX512)
+
+inline __m256i to_half(__m512 v, const Half*) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m256i to_half(__m512 v, const BFloat16*) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                               _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+// Floats of rows at p, p + step, p + 2 step and p + 3 step, in the register's quarters.
+inline Vec load_quads(const float* p, int64_t step) {
+  __m512 v = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(p + step));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(p + 2 * step));
+  return {_mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(p + 3 * step))};
+}
+inline __m512 widen(__m256i halves, const Half*) { return _mm512_cvtph_ps(halves); }
+inline __m512 widen(__m256i halves, const BFloat16*) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+template <typename T>
+inline Vec load_quads(const T* p, int64_t step) {
+  const __m256i low = _mm256_castsi128_si256(join4x2(p, step));
+  return {widen(_mm256_inserti128_si256(low, join4x2(p + 2 * step, step), 1), p)};
+}
+inline void store_quads(float* p, int64_t step, Vec x) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(x.v));
+  _mm_storeu_ps(p + step, _mm512_extractf32x4_ps(x.v, 1));
+  _mm_storeu_ps(p + 2 * step, _mm512_extractf32x4_ps(x.v, 2));
+  _mm_storeu_ps(p + 3 * step, _mm512_extractf32x4_ps(x.v, 3));
+}
+template <typename T>
+inline void store_quads(T* p, int64_t step, Vec x) {
+  const __m256i halves = to_half(x.v, p);
+  const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + step), _mm_unpackhi_epi64(low, low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * step), high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 3 * step), _mm_unpackhi_epi64(high, high));
+}
+// The first n < 4 floats of each row, where a row has no more; nothing else is touched.
+inline Vec load_quads_part(const float* p, int64_t step, int n) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(mask, p));
+  v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + step), 1);
+  v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + 2 * step), 2);
+  return {_mm512_insertf32x4(v, _mm_maskz_loadu_ps(mask, p + 3 * step), 3)};
+}
+template <typename T>
+inline Vec load_quads_part(const T* p, int64_t step, int n) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  const auto row = [&](int i) { return _mm_maskz_loadu_epi16(mask, p + i * step); };
+  const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi64(row(0), row(1)));
+  return {widen(_mm256_inserti128_si256(low, _mm_unpacklo_epi64(row(2), row(3)), 1), p)};
+}
+inline void store_quads_part(float* p, int64_t step, int n, Vec x) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  _mm_mask_storeu_ps(p, mask, _mm512_castps512_ps128(x.v));
+  _mm_mask_storeu_ps(p + step, mask, _mm512_extractf32x4_ps(x.v, 1));
+  _mm_mask_storeu_ps(p + 2 * step, mask, _mm512_extractf32x4_ps(x.v, 2));
+  _mm_mask_storeu_ps(p + 3 * step, mask, _mm512_extractf32x4_ps(x.v, 3));
+}
+template <typename T>
+inline void store_quads_part(T* p, int64_t step, int n, Vec x) {
+  const auto mask = static_cast<__mmask8>((1 << n) - 1);
+  const __m256i halves = to_half(x.v, p);
+  const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
+  _mm_mask_storeu_epi16(p, mask, low);
+  _mm_mask_storeu_epi16(p + step, mask, _mm_unpackhi_epi64(low, low));
+  _mm_mask_storeu_epi16(p + 2 * step, mask, high);
+  _mm_mask_storeu_epi16(p + 3 * step, mask, _mm_unpackhi_epi64(high, high));
+}
+// Transposes the 4 x 4 floats in each quarter.
+inline void transpose_quads(Vec (&r)[4]) {
+  const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
+  const __m512 c = _mm512_unpacklo_ps(r[2].v, r[3].v), d = _mm512_unpackhi_ps(r[2].v, r[3].v);
+  r[0] = {_mm512_shuffle_ps(a, c, 0x44)}, r[1] = {_mm512_shuffle_ps(a, c, 0xee)};
+  r[2] = {_mm512_shuffle_ps(b, d, 0x44)}, r[3] = {_mm512_shuffle_ps(b, d, 0xee)};
+}
+
+#else
+
+template <typename T>
+inline Vec load_quads(const T* p, int64_t step) {
+  return {load4x2(p, step)};
+}
+template <typename T>
+inline void store_quads(T* p, int64_t step, Vec x) {
+  store4x2(p, step, x.v);
+}
+inline void transpose_quads(Vec (&r)[4]) {
+  __m256 v[4] = {r[0].v, r[1].v, r[2].v, r[3].v};
+  transpose4x2(v);
+  for (int i = 0; i < 4; ++i) r[i] = {v[i]};
+}
+
+#endif
