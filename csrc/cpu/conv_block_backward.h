@@ -90,8 +90,8 @@ template <int kRuns, int kVecs>
   }
 }
 
-// Channels whose sums are in registers together: a sum is ready for its next addition after 4 cycles,
-// in which 8 can be made.
+// Channels whose sums are in registers together: a sum is ready for its next addition after 4
+// cycles, in which 8 can be made.
 template <int kSums>
 constexpr int kTogether = std::max(1, std::min((7 + kSums) / kSums, kMaxSums / kSums));
 
@@ -171,8 +171,8 @@ void add_channels(float* dx, const int64_t* run, const float* w, const WindowLis
 
 using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
                               int64_t, int64_t, float*);
-using AddChannels = void (*)(float*, const int64_t*, const float*, const WindowList&, const int64_t*,
-                             int64_t);
+using AddChannels = void (*)(float*, const int64_t*, const float*, const WindowList&,
+                             const int64_t*, int64_t);
 
 template <int kRuns, int... kVecsLessOne>
 AddPositions pick_add_positions(int64_t vecs, std::integer_sequence<int, kVecsLessOne...>) {
@@ -281,7 +281,7 @@ struct ChannelMajor {
       Vec value = Vec::load(grad + p), offset = Vec::load(base.data + p);
       if (has_code) {
         const Vec c = Vec::load(code.data + k * stride + p);
-        const Vec::Mask shut = Vec::equal(c, Vec::set(kShutCode));
+        const Vec::Mask shut = Vec::equal(c, Vec::set(float(kShutCode)));
         value = Vec::select(shut, Vec::zero(), value);
         Vec place = Vec::zero();
         for (int64_t q = 1; q < s.window(); ++q)
@@ -314,15 +314,16 @@ inline ConvBlockShape patch_shape(const ConvBlockShape& s) {
   return patches;
 }
 
-// Do patches pay? Cycles per output channel and pooled output, from 2 loads a cycle, one of which is
-// the gradient's. Without patches two for each vector, which crosses a line. With them 3 for each
-// vector that is copied to a patch, and the sums of a channel are loaded and stored for each tile
-// of outputs whose patches fit the cache.
+// Do patches pay? Cycles per output channel and pooled output, from 2 loads a cycle, one of which
+// is the gradient's. Without patches two for each vector, which crosses a line. With them 3 for
+// each vector that is copied to a patch, and the sums of a channel are loaded and stored for each
+// tile of outputs whose patches fit the cache.
 inline bool patches_pay(const ConvBlockShape& s) {
   if (s.C % L == 0) return false;
   const Runs runs(s);
   const ConvBlockShape patches = patch_shape(s);
-  const double copied = double(runs.count * ((runs.length + L - 1) / L)), vecs = double(patches.C) / L;
+  const double copied = double(runs.count * ((runs.length + L - 1) / L)),
+               vecs = double(patches.C) / L;
   const double positions = double(s.conv_h * s.conv_w) / double(s.K * s.out_h * s.out_w);
   const OutputTile tile(patches);
   const double per_tile = (20 + 1.5 * vecs) / double(tile.rows * tile.columns);
@@ -342,8 +343,7 @@ void pack_patch_row(const std::vector<Piece>& pieces, const float* src, int64_t 
     if constexpr (kPieces > 0) {
       const Piece* piece = pieces.data();
 #pragma GCC unroll 5
-      for (int i = 0; i < kPieces; ++i)
-        Vec::load(src + piece[i].from).store(dst + piece[i].to);
+      for (int i = 0; i < kPieces; ++i) Vec::load(src + piece[i].from).store(dst + piece[i].to);
     } else {
       for (const Piece& piece : pieces)
         for (int64_t e = 0; e < piece.length; e += L)
@@ -353,8 +353,8 @@ void pack_patch_row(const std::vector<Piece>& pieces, const float* src, int64_t 
 
 // Elements [first, first + width) of the patches of conv rows [begin, end), [position, width], from
 // the packed image, whose rows are those under `begin` on. Ascending: what a copy writes past a run
-// is written again, or means nothing. What pads a patch is left as it is: it must not be what was in
-// memory before, where it might be denormal, at which a multiply-add takes a hundred cycles.
+// is written again, or means nothing. What pads a patch is left as it is: it must not be what was
+// in memory before, where it might be denormal, at which a multiply-add takes a hundred cycles.
 inline void pack_patches(const ConvBlockShape& s, const Runs& runs, const float* image,
                          int64_t begin, int64_t end, int64_t first, int64_t width, float* dst) {
   std::vector<Piece> pieces;
@@ -407,10 +407,10 @@ struct PositionInput {
   }
 };
 
-// Where taps × input channels are few, runs are shorter than a vector: there the vectors may also run
-// over output channels, and every place of the window is added, with zero gradient for the losers.
-// Cycles per pooled output and channel by either way, from 2 fused multiply-adds a cycle, 1 cycle
-// for the position, and broadcasts that bind the dense way to about 1.7 a cycle.
+// Where taps × input channels are few, runs are shorter than a vector: there the vectors may also
+// run over output channels, and every place of the window is added, with zero gradient for the
+// losers. Cycles per pooled output and channel by either way, from 2 fused multiply-adds a cycle, 1
+// cycle for the position, and broadcasts that bind the dense way to about 1.7 a cycle.
 inline bool dense_is_cheaper(const ConvBlockShape& s, bool aligned,
                              const std::vector<Pass>& passes) {
   // The dense way reads under every place, so all of them must lie inside the map.
@@ -427,8 +427,8 @@ inline bool dense_is_cheaper(const ConvBlockShape& s, bool aligned,
 // Elements of dW in registers together: 12 of 16, or 27 of 32, a whole 3 × 3 × 3 kernel.
 constexpr int kMaxElements = L == 16 ? 27 : 12;
 
-// dw[r, e] += Σ_p Σ_q [code = q] g[p] · x[window(p) + place(q) + run[r] + e] for one vector of output
-// channels; g and codes [pixels, stride].
+// dw[r, e] += Σ_p Σ_q [code = q] g[p] · x[window(p) + place(q) + run[r] + e] for one vector of
+// output channels; g and codes [pixels, stride].
 template <int kRuns, int kLength>
 void add_dense(const float* x, const int64_t* run, const int64_t* window, const int64_t* place,
                int64_t places, const float* g, const uint8_t* code, int64_t stride, int64_t pixels,
@@ -691,8 +691,8 @@ inline constexpr CompressTable kCompress;
   _mm512_storeu_si512(channel, _mm512_maskz_compress_epi32(
                                    chosen, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 #else
-  const __m256i lanes = _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
+  const __m256i lanes =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[bits])));
   _mm256_storeu_ps(g, _mm256_permutevar8x32_ps(x.v, lanes));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(channel),
                       _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
@@ -700,8 +700,8 @@ inline constexpr CompressTable kCompress;
   return __builtin_popcount(bits);
 }
 
-// The open channels of some windows, by winner: the entries of g and channel from begin[p · places +
-// q] to the next are those of window p and place q.
+// The open channels of some windows, by winner: the entries of g and channel from begin[p · places
+// + q] to the next are those of window p and place q.
 struct Buckets {
   Scratch<float> g;
   Scratch<int32_t> channel, begin;

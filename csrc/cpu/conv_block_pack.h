@@ -34,9 +34,10 @@ struct Pixels {
 };
 
 // Calls block(c, p, at) for square blocks that cover channels × pixels, pixels ≥ kSide, at = the
-// offsets of the block's pixels. The last ones of each direction overlap those before. The inner loop
-// goes over pixels: on the side where each channel is a run of memory, only kSide runs are open at a
-// time, which strides of a power of two would otherwise drive out of the cache half written.
+// offsets of the block's pixels. The last ones of each direction overlap those before. The inner
+// loop goes over pixels: on the side where each channel is a run of memory, only kSide runs are
+// open at a time, which strides of a power of two would otherwise drive out of the cache half
+// written.
 template <int kSide, typename F>
 void for_squares(int64_t channels, int64_t pixels, const Pixels& layout, const F& block) {
   for (int64_t c = 0; c < channels; c += kSide)

@@ -9,10 +9,10 @@
 
 namespace fastcls::cpu {
 
-// Asks for huge pages under a new tensor and returns it. The allocator maps fresh memory for a large
-// one in every call, whose pages of 4 KiB come one fault at a time: three times as long as it takes
-// to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are asked for, so
-// that no memory is taken beyond it; where the system knows no such pages nothing happens.
+// Asks for huge pages under a new tensor and returns it. The allocator maps fresh memory for a
+// large one in every call, whose pages of 4 KiB come one fault at a time: three times as long as it
+// takes to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are asked
+// for, so that no memory is taken beyond it; where the system knows no such pages nothing happens.
 inline Tensor with_huge_pages(Tensor t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;

@@ -47,12 +47,22 @@ struct Vec {
   static Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
   static Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return a | b; }
   static unsigned bits(Mask m) { return m; }
   // The first n lanes.
   static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+
+  // A byte for each lane.
+  struct Bytes {
+    __m128i v;
+    void store(uint8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+  };
+  static Bytes bytes(int x) { return {_mm_set1_epi8(static_cast<char>(x))}; }
+  static Bytes select(Mask m, Bytes a, Bytes b) { return {_mm_mask_blend_epi8(m, b.v, a.v)}; }
+
   static Mask not_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
   // a * b + c where m is set, else 0: here the mask costs nothing.
   static Vec fma_or_zero(Mask m, Vec a, Vec b, Vec c) {
@@ -104,6 +114,7 @@ struct Vec {
   static Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
   static Mask is_nan(Vec a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
+  static Mask unordered(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static unsigned bits(Mask m) { return _mm256_movemask_ps(m); }
   // The first n lanes.
@@ -112,6 +123,15 @@ struct Vec {
   }
   // a where m is set, else b.
   static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+
+  // A byte for each lane: a float until it is stored, as wide as the masks are.
+  struct Bytes {
+    __m256 v;
+    void store(uint8_t* p) const { Vec{v}.store(p); }
+  };
+  static Bytes bytes(int x) { return {_mm256_set1_ps(static_cast<float>(x))}; }
+  static Bytes select(Mask m, Bytes a, Bytes b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+
   static Mask not_less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ); }
   // a * b + c where m is set, else 0.
   static Vec fma_or_zero(Mask m, Vec a, Vec b, Vec c) {
