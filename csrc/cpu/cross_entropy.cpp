@@ -10,6 +10,7 @@
 
 #include "cpu/cross_entropy_fast.h"
 #include "cpu/cross_entropy_plain.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "dtypes.h"
 
@@ -305,6 +306,7 @@ template <typename T, typename P, typename Acc>
 int64_t forward(Problem<T, P, Acc>& problem, int64_t reduction, const Outputs& out) {
   const RowLayout& layout = problem.layout;
   problem.common.grad = static_cast<T*>(out.grad);
+  if (out.grad) ask_for_huge_pages(out.grad, layout.rows * layout.C * sizeof(T));
   Acc* stats = static_cast<Acc*>(out.stats);
   std::vector<BlockSum> sums(number_of_blocks(layout));
   std::atomic<int64_t> bad{layout.rows};
@@ -416,7 +418,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   const CrossEntropyShape s =
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
   check_cross_entropy_backward(s, grad_loss, input, saved, reduction);
-  Tensor grad = new_like(input);
+  const Tensor grad = with_huge_pages(new_like(input));
   const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, &grad});
   if (grad.numel() == 0) return grad;
   const Tensor flat = flat_target(s, target);
