@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # A row measured again replaces the old one when these are equal.
 KEY = ["op", "case", "mode", "dtype", "batch", "threads", "isa", "torch_isa"]
-README_BATCH = 128
+README_BATCH = 512
 NONE = "–"  # in a cell without a value
 
 

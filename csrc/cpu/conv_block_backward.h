@@ -733,10 +733,12 @@ struct Buckets {
   }
 };
 
-// dX is loaded and stored once per bucket: the fewer registers it takes, the more channels' weights
-// of a pass fit the first-level cache and the longer the buckets are.
-constexpr int kMaxInputSums = L == 16 ? 18 : 12;
+// dX is loaded and stored once per bucket: the more channels' weights of a pass stay in the cache, the
+// longer the buckets are. Three quarters of a first-level cache of 32 KiB, and of the 48 KiB that
+// processors with AVX-512 have.
+constexpr int kMaxInputSums = kMaxSums;
 constexpr int kInputRunVecs = L == 16 ? 6 : 12;
+constexpr int64_t kInputWeightFloats = L == 16 ? 9216 : 6144;
 
 // The gradient of the input of one image, and the weights as it reads them.
 template <typename T>
@@ -747,7 +749,7 @@ struct InputGradient {
   const std::vector<Pass> passes;
   const OutputTile tile;
   const int64_t row, group_floats, padded_K, places;
-  int64_t block;  // channels whose weights of a pass fill three quarters of a 32 KiB cache
+  int64_t block;  // channels whose weights of a pass are together in the cache
   std::vector<int64_t> place, window;  // offsets of a window's places; of each output of a tile
   Scratch<float> weight, dx, grad;
   Scratch<uint8_t> codes;
@@ -765,7 +767,7 @@ struct InputGradient {
         places(has_winner ? s.window() : 1) {
     int64_t sums = 0;
     for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
-    block = std::clamp<int64_t>(9216 / (sums * L) / L * L, L, 128);
+    block = std::clamp<int64_t>(kInputWeightFloats / (sums * L) / L * L, L, 128);
     for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(groups.shape, q));
     window.resize(tile.rows * tile.columns);
     weight.reserve(s.K * groups.count * floats_of(passes));
