@@ -733,9 +733,9 @@ struct Buckets {
   }
 };
 
-// dX is loaded and stored once per bucket: the more channels' weights of a pass stay in the cache, the
-// longer the buckets are. Three quarters of a first-level cache of 32 KiB, and of the 48 KiB that
-// processors with AVX-512 have.
+// dX is loaded and stored once per bucket: the more channels' weights of a pass stay in the cache,
+// the longer the buckets are. Three quarters of a first-level cache of 32 KiB, and of the 48 KiB
+// that processors with AVX-512 have.
 constexpr int kMaxInputSums = kMaxSums;
 constexpr int kInputRunVecs = L == 16 ? 6 : 12;
 constexpr int64_t kInputWeightFloats = L == 16 ? 9216 : 6144;
@@ -749,7 +749,7 @@ struct InputGradient {
   const std::vector<Pass> passes;
   const OutputTile tile;
   const int64_t row, group_floats, padded_K, places;
-  int64_t block;  // channels whose weights of a pass are together in the cache
+  int64_t block;                       // channels whose weights of a pass are together in the cache
   std::vector<int64_t> place, window;  // offsets of a window's places; of each output of a tile
   Scratch<float> weight, dx, grad;
   Scratch<uint8_t> codes;

@@ -9,10 +9,11 @@
 
 namespace fastcls::cpu {
 
-// Asks for huge pages under memory that is about to be filled. The allocator maps fresh memory for a
-// large tensor in every call, whose pages of 4 KiB come one fault at a time: three times as long as
-// it takes to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are asked
-// for, so that no memory is taken beyond it; where the system knows no such pages nothing happens.
+// Asks for huge pages under memory that is about to be filled. The allocator maps fresh memory for
+// a large tensor in every call, whose pages of 4 KiB come one fault at a time: three times as long
+// as it takes to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are
+// asked for, so that no memory is taken beyond it; where the system knows no such pages nothing
+// happens.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;
