@@ -6,14 +6,14 @@
 # that the benchmarks are collected.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if ! python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
   echo "torch finds no GPU: nothing is measured"
-  exec python -m pytest -q bench --device cuda "$@"
+  exec pytest -q bench --device cuda "$@"  # not python -m: nothing is built in this folder
 fi
 
 FASTCLS_CUDA=1 python setup.py build_ext --inplace
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python -m fastcls info --kernels
 python -m pytest -q tests/ops -k "cuda and not emulated"
 
