@@ -88,9 +88,12 @@ def read_run(path: Path) -> dict:
 
 
 def changed(recipe: str, config: dict) -> dict:
-    """The settings that are not the recipe's own."""
+    """The settings that are not the recipe's own; of a file its name, not where it lay."""
     defaults = vars(recipes.get(recipe).Config())
-    return {name: value for name, value in config.items() if defaults[name] != value}
+    settings = {name: value for name, value in config.items() if defaults[name] != value}
+    if "weights" in settings:
+        settings["weights"] = Path(settings["weights"]).name
+    return settings
 
 
 def keep(runs: list[dict]) -> list[dict]:
@@ -135,7 +138,6 @@ def command(run: dict) -> str:
     options = []
     for name, value in run["settings"].items():
         name = f"--{name.replace('_', '-')}"
-        value = Path(value).name if name == "--weights" else value
         options.append(name if value is True else f"{name} {value}")
     return " ".join([run["recipe"], *options])
 

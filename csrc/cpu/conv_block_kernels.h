@@ -9,6 +9,8 @@
 #include "cpu/conv_block_pack.h"
 #include "cpu/conv_block_forward.h"
 #include "cpu/conv_block_backward.h"
+#include "cpu/conv_block_backward_weight.h"
+#include "cpu/conv_block_backward_input.h"
 
 template <typename T>
 ConvBlockKernels<T> conv_block_kernels() {
