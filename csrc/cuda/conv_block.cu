@@ -32,13 +32,13 @@ std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int ar
   }
 }
 
-// Few channels would fill a step of the sum with padding.
-bool gathers(const ConvBlockShape& s) { return s.C <= 8; }
+// Few channels would fill a step of the sum with padding, where the pixels under a row of the
+// kernel cannot be one run.
+bool folds(const ConvBlockShape& s) { return s.C <= 8 && s.dilation_w == 1; }
 
 GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s,
                       std::optional<Arithmetic> a) {
-  return a ? gemm_plan(s, *a, gathers(s), 64, launch.arch(), launch.max_shared_bytes())
-           : GemmPlan{};
+  return a ? gemm_plan(s, *a, folds(s), 64, launch.arch(), launch.max_shared_bytes()) : GemmPlan{};
 }
 
 // Expanding the gradient takes the registers that more columns would need.
@@ -51,7 +51,7 @@ GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
 
 WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
                                     std::optional<Arithmetic> a) {
-  return a ? weight_grad_plan(s, *a, gathers(s), launch.arch(), launch.max_shared_bytes())
+  return a ? weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes())
            : WeightGradPlan{};
 }
 
@@ -67,9 +67,9 @@ int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<i
   const Launcher launch(input);
   const GemmPlan plan =
       forward_plan(launch, s, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()));
-  return static_cast<int64_t>(!plan.exists()       ? ConvBlockPath::kGeneral
-                              : plan.config.gather ? ConvBlockPath::kDirect
-                                                   : ConvBlockPath::kGemm);
+  return static_cast<int64_t>(!plan.exists()     ? ConvBlockPath::kGeneral
+                              : plan.config.fold ? ConvBlockPath::kDirect
+                                                 : ConvBlockPath::kGemm);
 }
 
 std::tuple<Tensor, Tensor> conv_block_forward(

@@ -5,17 +5,17 @@ namespace fastcls::cuda {
 
 namespace {
 
-template <typename Math, int kTilesN, bool kGather>
+template <typename Math, int kTilesN, bool kFold>
 void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmTile& tile,
                     const ForwardTensors& t) {
   using Element = typename Math::Element;
   const auto x = const_view<Element>(t.input);
-  const auto source = input_source<Math, kGather>(x, s.C);
+  const auto source = input_source<Math>(x, s.C);
   const GemmWeight weight{t.weight.const_data_ptr(), t.weight.scalar_type() == ScalarType::Float,
                           t.weight.stride(0),        t.weight.stride(1),
                           t.weight.stride(2),        t.weight.stride(3)};
   const auto out = mutable_view<Element>(t.out);
-  launch_gemm<Math, kTilesN, kGather>(
+  launch_gemm<Math, kTilesN, kFold>(
       launch, s, tile, source, weight, t.bias ? t.bias->const_data_ptr() : nullptr,
       GemmOutput<Element>{out, t.codes, channels_are_paired(out, s.K)});
 }
@@ -25,10 +25,10 @@ void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmP
                     const ForwardTensors& t) {
   const bool wide = plan.config.columns == 64;
   if constexpr (Layout<Math>::kMatrixUnit) {
-    if (wide && plan.config.gather) return launch_forward<Math, 8, true>(launch, s, plan.tile, t);
+    if (wide && plan.config.fold) return launch_forward<Math, 8, true>(launch, s, plan.tile, t);
     if (wide) return launch_forward<Math, 8, false>(launch, s, plan.tile, t);
   }
-  if (plan.config.gather) return launch_forward<Math, 4, true>(launch, s, plan.tile, t);
+  if (plan.config.fold) return launch_forward<Math, 4, true>(launch, s, plan.tile, t);
   launch_forward<Math, 4, false>(launch, s, plan.tile, t);
 }
 

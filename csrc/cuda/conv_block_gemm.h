@@ -148,8 +148,9 @@ __device__ inline Unit unit_at(const GemmTile& t, int index) {
   return {static_cast<int>(rest), y, x};
 }
 
-// Bytes from the start of a row of the patch to its column x.
+// Bytes from the start of a row of the patch to its column x, and to the run that starts there.
 __device__ inline int column_offset(const GemmTile& t, int x) {
+  if (t.copy_bytes) return (x & ~1) * t.pixel_bytes + (x & 1) * t.copy_bytes;
   if (t.interleave == 1) return x * t.pixel_bytes;
   unsigned column = x;
   const int phase = split(column, t.by_interleave);
@@ -158,7 +159,7 @@ __device__ inline int column_offset(const GemmTile& t, int x) {
 
 // Where row (m, h) of lane group g has its first tap in the patch. Rows beyond the last unit read
 // the last one's pixels: their sums are not stored.
-template <int kGroups, bool kGather>
+template <int kGroups, bool kFold>
 __device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int m, int h, int g) {
   const int warp = threadIdx.x / kWarpSize;
   int index = (warp * kGroups * 2 + m) * 16 + h * 8 + g, below = 0, right = 0;
@@ -166,58 +167,108 @@ __device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int m, int
     index = (warp * kGroups + m / 2) * 8 + g;
     below = m % 2 * static_cast<int>(s.stride_h) * t.row_bytes;
     // Otherwise this step is in the table of taps: see fill_table.
-    if (kGather) right = h * static_cast<int>(s.stride_w) * t.pixel_bytes;
+    if (kFold) right = h * static_cast<int>(s.stride_w);
   }
   const int last = static_cast<int>(t.units) - 1;
   const Unit u = unit_at(t, index < last ? index : last);
-  return u.image * t.image_bytes + u.y * t.step_h * t.row_bytes + u.x * t.step_bytes + below +
-         right;
+  const int along = kFold ? column_offset(t, u.x * t.step_w + right) : u.x * t.step_bytes;
+  return u.image * t.image_bytes + u.y * t.step_h * t.row_bytes + below + along;
 }
 
 // The way from a row's first tap to its others: per tap, first for rows of the left half of a
-// window, then for those of the right; with kGather per element of the sum, -1 in its padding.
-template <typename Math, bool kGather>
+// window, then for those of the right.
+template <bool kFold>
 __device__ void fill_table(const ConvBlockShape& s, const GemmTile& t, int* table) {
-  const int kernel_w = static_cast<int>(s.kernel_w), C = static_cast<int>(s.C);
+  const int across = kFold ? 1 : static_cast<int>(s.kernel_w);
   for (int i = threadIdx.x; i < t.table_entries; i += blockDim.x) {
-    const int tap = kGather ? i / C : i % t.taps, channel = kGather ? i % C : 0;
-    const int right = !kGather && i >= t.taps && t.pooling == Pooling::kWindow ? s.stride_w : 0;
-    const int row = tap / kernel_w * static_cast<int>(s.dilation_h);
-    const int column = tap % kernel_w * static_cast<int>(s.dilation_w) + right;
-    const int offset = row * t.row_bytes + column_offset(t, column) +
-                       channel * static_cast<int>(sizeof(typename Math::Element));
-    table[i] = kGather && tap >= t.taps ? -1 : offset;
+    const int tap = i % t.taps;
+    const int right = !kFold && i >= t.taps && t.pooling == Pooling::kWindow ? s.stride_w : 0;
+    const int row = tap / across * static_cast<int>(s.dilation_h);
+    const int column = tap % across * static_cast<int>(s.dilation_w) + right;
+    table[i] = row * t.row_bytes + column_offset(t, column);
   }
 }
 
 // ---- loading
 
+// A pixel of the patch: where it lies in the tensor, and in the patch.
+struct PatchPixel {
+  int64_t n;
+  int h, w;
+  bool inside;  // the tensor
+  int x, at;    // column of the patch, bytes to its row
+};
+
+// Pixel `i` of the patch under the box.
+__device__ inline PatchPixel patch_pixel(const ConvBlockShape& s, const GemmTile& t, const Box& box,
+                                         unsigned i) {
+  PatchPixel p;
+  p.x = split(i, t.by_patch_w);
+  const int y = split(i, t.by_patch_h);
+  p.n = box.n + i, p.h = box.h + y, p.w = box.w + p.x;
+  p.inside = p.n < s.N && p.h >= 0 && p.h < s.H && p.w >= 0 && p.w < s.W;
+  p.at = static_cast<int>(i) * t.image_bytes + y * t.row_bytes;
+  return p;
+}
+
 // Calls source.load(to, n, c, h, w, inside) for every 16 bytes of channels of every pixel of the
-// patch, or with kGather for every pixel. Neighbouring threads take what lies side by side in
-// memory.
-template <typename Math, bool kGather, typename Source>
+// patch. Neighbouring threads take what lies side by side in memory.
+template <typename Math, typename Source>
 __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
                            unsigned char* patch, const Box& box, int chunk) {
   constexpr int kVector = Vector<typename Math::Element>::kSize;
-  const int vectors = kGather ? 1 : static_cast<int>(t.by_vectors.divisor);
-  const unsigned items = t.images * t.patch_h * t.patch_w * vectors;
+  const unsigned pixels = t.images * t.patch_h * t.patch_w, vectors = t.by_vectors.divisor;
 #pragma unroll 1  // the sums take most registers, and an item's own loads are many
-  for (unsigned item = threadIdx.x; item < items; item += blockDim.x) {
-    unsigned rest = item;
-    int vector = source.channels_inner ? split(rest, t.by_vectors) : 0;
-    const int x = split(rest, t.by_patch_w), y = split(rest, t.by_patch_h);
-    if (!source.channels_inner) vector = split(rest, t.by_vectors);
-    const int64_t n = box.n + rest;
-    const int h = box.h + y, w = box.w + x;
-    const bool inside = n < s.N && h >= 0 && h < s.H && w >= 0 && w < s.W;
-    unsigned char* to = patch + static_cast<int>(rest) * t.image_bytes + y * t.row_bytes +
-                        column_offset(t, x) + vector * 16;
-    source.load(s, to, n, chunk * t.channels + vector * kVector, h, w, inside);
+  for (unsigned item = threadIdx.x; item < pixels * vectors; item += blockDim.x) {
+    unsigned quotient = item;
+    const int rest = split(quotient, source.channels_inner ? t.by_vectors : t.by_pixels);
+    const unsigned pixel = source.channels_inner ? quotient : rest;
+    const int vector = source.channels_inner ? rest : static_cast<int>(quotient);
+    const PatchPixel p = patch_pixel(s, t, box, pixel);
+    source.load(s, patch + p.at + column_offset(t, p.x) + vector * 16, p.n,
+                chunk * t.channels + vector * kVector, p.h, p.w, p.inside);
+  }
+}
+
+// The same for a folded patch of kChannels to a pixel: several pixels at a time, for their channels
+// have to pass through registers.
+template <typename Math, int kChannels, typename Source>
+__device__ void load_folded_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
+                                  unsigned char* patch, const Box& box) {
+  using Element = typename Math::Element;
+  constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes > 16 ? 2 : 4;
+  struct alignas(kBytes < 16 ? kBytes : 16) Pixel {
+    Element e[kChannels];
+  };
+  const unsigned pixels = t.images * t.patch_h * t.patch_w;
+#pragma unroll 1
+  for (unsigned first = threadIdx.x; first < pixels; first += kAtOnce * blockDim.x) {
+    Pixel values[kAtOnce];
+    int at[kAtOnce], x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const unsigned item = first + i * blockDim.x;
+      const PatchPixel p = patch_pixel(s, t, box, item);
+      at[i] = p.at, x[i] = p.x;
+      const bool inside = p.inside && item < pixels;
+      const Element* from = source.x.at(inside ? p.n : 0, 0, inside ? p.h : 0, inside ? p.w : 0);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c)
+        values[i].e[c] = inside && c < s.C ? from[c * source.x.c] : Math::rounded(0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * blockDim.x >= pixels) break;
+      unsigned char* const row = patch + at[i];
+      *reinterpret_cast<Pixel*>(row + x[i] * kBytes) = values[i];
+      if (kBytes == 8 && x[i] > 0)
+        *reinterpret_cast<Pixel*>(row + t.copy_bytes + (x[i] - 1) * kBytes) = values[i];
+    }
   }
 }
 
 // The input as the product's operand: copied as it is.
-template <typename Math, bool kGather>
+template <typename Math>
 struct InputSource {
   using Element = typename Math::Element;
   static constexpr bool kRounded = false;
@@ -225,23 +276,24 @@ struct InputSource {
   bool channels_inner;     // in memory
   bool async;              // channels lie in aligned 16-byte vectors
 
-  // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4); with kGather all of them.
+  // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4).
   __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t c, int h,
                        int w, bool inside) const {
-    if constexpr (kGather) {
-      const Element* from = x.at(inside ? n : 0, 0, inside ? h : 0, inside ? w : 0);
-      for (int i = 0; i < s.C; ++i)
-        reinterpret_cast<Element*>(to)[i] = inside ? from[i * x.c] : Math::rounded(0.0f);
-    } else {
-      inside = inside && c < s.C;
-      const Element* from = inside ? x.at(n, c, h, w) : x.data;
-      if (async) return copy_async(to, from, !inside);
-      Vector<Element> v;
+    inside = inside && c < s.C;
+    const Element* from = inside ? x.at(n, c, h, w) : x.data;
+    if (async) return copy_async(to, from, !inside);
+    Vector<Element> v;
 #pragma unroll
-      for (int i = 0; i < v.kSize; ++i)
-        v.e[i] = inside && c + i < s.C ? from[i * x.c] : Math::rounded(0.0f);
-      *reinterpret_cast<Vector<Element>*>(to) = v;
-    }
+    for (int i = 0; i < v.kSize; ++i)
+      v.e[i] = inside && c + i < s.C ? from[i * x.c] : Math::rounded(0.0f);
+    *reinterpret_cast<Vector<Element>*>(to) = v;
+  }
+  __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
+                              const Box& box) const {
+    if (t.channels == 4)
+      load_folded_patch<Math, 4>(s, t, *this, patch, box);
+    else
+      load_folded_patch<Math, 8>(s, t, *this, patch, box);
   }
 };
 
@@ -254,9 +306,9 @@ bool channels_are_vectors(const View4<T>& v, int64_t channels) {
          reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
-template <typename Math, bool kGather>
-InputSource<Math, kGather> input_source(const View4<const typename Math::Element>& x, int64_t C) {
-  return {x, x.c <= x.w, !kGather && channels_are_vectors(x, C)};
+template <typename Math>
+InputSource<Math> input_source(const View4<const typename Math::Element>& x, int64_t C) {
+  return {x, x.c <= x.w, channels_are_vectors(x, C)};
 }
 
 // The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
@@ -272,13 +324,15 @@ struct GemmWeight {
   }
 };
 
-// Rows of weights, [columns] with kGather, else [taps, columns]; zeros where there is nothing.
-template <typename Math, int kTilesN, bool kGather>
+// Rows of weights, [taps, columns]; zeros where there is nothing.
+template <typename Math, int kTilesN, bool kFold>
 __device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const GemmWeight& weight,
                              unsigned char* to, int column0, int chunk) {
   using Element = typename Math::Element;
   constexpr int kColumns = 8 * kTilesN, kBytes = sizeof(Element);
-  const int channels = kGather ? static_cast<int>(s.C) : t.channels;
+  const int channels = t.channels, tap_bytes = kColumns * t.weight_row_bytes;
+  const int step_x = kFold ? channels * kBytes : tap_bytes;
+  const int step_y = kFold ? tap_bytes : static_cast<int>(s.kernel_w) * tap_bytes;
   const bool channels_inner = weight.channel < weight.column;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kColumns * channels; i += blockDim.x) {
@@ -288,78 +342,57 @@ __device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const G
     const int64_t k = column0 + column, c = static_cast<int64_t>(chunk) * channels + channel;
     const bool inside = k < s.K && c < s.C;
     const int64_t first = inside ? k * weight.column + c * weight.channel : 0;
-    int64_t row = first;
-    unsigned char* at = to + column * t.weight_row_bytes + channel * kBytes;
-    const int tap_bytes = kGather ? channels * kBytes : kColumns * t.weight_row_bytes;
+    unsigned char* const at = to + column * t.weight_row_bytes + channel * kBytes;
 #pragma unroll 1
-    for (int y = 0; y < s.kernel_h; ++y, row += weight.tap_h) {
-      int64_t offset = row;
-      for (int x = 0; x < s.kernel_w; ++x, offset += weight.tap_w, at += tap_bytes)
-        *reinterpret_cast<Element*>(at) = Math::rounded(inside ? weight.at<Element>(offset) : 0.0f);
-    }
+    for (int y = 0; y < s.kernel_h; ++y)
+      for (int x = 0; x < s.kernel_w; ++x)
+        *reinterpret_cast<Element*>(at + y * step_y + x * step_x) = Math::rounded(
+            inside ? weight.at<Element>(first + y * weight.tap_h + x * weight.tap_w) : 0.0f);
   }
-  if constexpr (kGather) {  // the padding of the sum
-    const int depth = t.depth_bytes / kBytes, used = t.taps * channels;
-    for (int i = threadIdx.x; i < kColumns * (depth - used); i += blockDim.x)
-      reinterpret_cast<Element*>(to + i % kColumns * t.weight_row_bytes)[used + i / kColumns] =
+  if constexpr (kFold) {  // the padding of the runs
+    const int used = static_cast<int>(s.kernel_w) * channels, rest = t.depth_bytes / kBytes - used;
+    for (int i = threadIdx.x; i < t.taps * kColumns * rest; i += blockDim.x)
+      reinterpret_cast<Element*>(to + i / rest * t.weight_row_bytes)[used + i % rest] =
           Math::rounded(0.0f);
   }
 }
 
 // ---- multiplying
 
-// The 32-bit word of an operand that lies scattered over the patch. Zero in the sum's padding, for
-// no weight makes a NaN of the patch harmless.
-template <typename Math>
-__device__ uint32_t gathered_word(const unsigned char* row, const int* offsets) {
-  using Element = typename Math::Element;
-  if constexpr (sizeof(Element) == 4) {
-    return offsets[0] < 0 ? 0 : *reinterpret_cast<const uint32_t*>(row + offsets[0]);
-  } else {
-    uint32_t word = 0;
-    for (int e = 0; e < 2; ++e)
-      if (offsets[e] >= 0)
-        word |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row + offsets[e]))
-                << (16 * e);
-    return word;
-  }
-}
-
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
 // channels.
-template <typename Math, int kTilesN, bool kGather, bool kRound>
+template <typename Math, int kTilesN, bool kFold, bool kRound>
 __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
                                   const unsigned char* patch, const unsigned char* weights,
                                   const int* table,
                                   float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr int kM = 2 * Layout<Math>::kGroups, kPerWord = 4 / sizeof(typename Math::Element);
-  const int lane = threadIdx.x % kWarpSize, g = lane / 4, word = lane % 4;
+  constexpr int kM = 2 * Layout<Math>::kGroups;
+  const int lane = threadIdx.x % kWarpSize;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
   // bytes.
   const int half = lane / 8 % 2, piece = lane / 16;
-  int rows[kM][2];
+  int rows[kM];
   for (int m = 0; m < kM; ++m)
-    for (int h = 0; h < 2; ++h)
-      rows[m][h] = row_offset<Layout<Math>::kGroups, kGather>(s, t, m, kGather ? h : half,
-                                                              kGather ? g : lane % 8);
+    rows[m] = row_offset<Layout<Math>::kGroups, kFold>(s, t, m, half, lane % 8) + piece * 16;
   const int* tap_offsets = table + half * t.taps;
   const unsigned char* b_row =
       weights + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+  // Beyond a run's end lie other pixels, whose NaN no weight of zero makes harmless.
+  const int run_words = static_cast<int>(s.kernel_w) * t.pixel_bytes % 32 / 4;
+  const bool cut_left = kFold && run_words > 0 && lane % 4 >= run_words;
+  const bool cut_right = kFold && run_words > 0 && lane % 4 + 4 >= run_words;
 
-  const int taps = kGather ? 1 : t.taps, tap_bytes = 8 * kTilesN * t.weight_row_bytes;
-  for (int tap = 0; tap < taps; ++tap, b_row += tap_bytes) {
-    const unsigned char* a_row = kGather ? patch : patch + tap_offsets[tap] + piece * 16;
+  const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
+  for (int tap = 0; tap < t.taps; ++tap, b_row += tap_bytes) {
+    const unsigned char* a_row = patch + tap_offsets[tap];
     for (int depth = 0; depth < t.depth_bytes; depth += 32) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        if constexpr (kGather) {
-          const int* offsets = table + depth / 4 * kPerWord + word * kPerWord;
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            a[m][i] = gathered_word<Math>(a_row + rows[m][i % 2], offsets + i / 2 * 4 * kPerWord);
-        } else {
-          load_matrices(a[m], a_row + rows[m][0] + depth);
+        load_matrices(a[m], a_row + rows[m] + depth);
+        if (kFold && depth + 32 == t.depth_bytes) {
+          if (cut_left) a[m][0] = a[m][1] = 0;
+          if (cut_right) a[m][2] = a[m][3] = 0;
         }
         if constexpr (kRound) Math::round(a[m]);
       }
@@ -377,8 +410,8 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
   }
 }
 
-// The same with multiply-adds. A step of the sum is 4 floats.
-template <typename Math, int kTilesN, bool kGather>
+// The same with multiply-adds. A step of the sum is 4 floats, at most a pixel: no run's end is cut.
+template <typename Math, int kTilesN, bool kFold>
 __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
                                 const unsigned char* patch, const unsigned char* weights,
                                 const int* table,
@@ -388,28 +421,20 @@ __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
   int rows[kM][2];
   for (int m = 0; m < kM; ++m)
     for (int h = 0; h < 2; ++h)
-      rows[m][h] = row_offset<Layout<Math>::kGroups, kGather>(s, t, m, h, g);
+      rows[m][h] = row_offset<Layout<Math>::kGroups, kFold>(s, t, m, h, g);
   const unsigned char* b_row = weights + 2 * (lane % 4) * t.weight_row_bytes;
 
-  const int taps = kGather ? 1 : t.taps, tap_bytes = 8 * kTilesN * t.weight_row_bytes;
-  for (int tap = 0; tap < taps; ++tap, b_row += tap_bytes) {
-    const int left = kGather ? 0 : table[tap], right = kGather ? 0 : table[t.taps + tap];
+  const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
+  for (int tap = 0; tap < t.taps; ++tap, b_row += tap_bytes) {
+    const unsigned char *left = patch + table[tap], *right = patch + table[t.taps + tap];
     for (int depth = 0; depth < t.depth_bytes; depth += 16) {
       Vector<float> a[kM][2];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const unsigned char* row = patch + rows[m][h];
-          if constexpr (kGather) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              a[m][h].e[i] = bits_as<float>(gathered_word<Math>(row, table + depth / 4 + i));
-          } else {
-            row += (h ? right : left) + depth;
-            a[m][h] = *reinterpret_cast<const Vector<float>*>(row);
-          }
-        }
+        for (int h = 0; h < 2; ++h)
+          a[m][h] =
+              *reinterpret_cast<const Vector<float>*>((h ? right : left) + rows[m][h] + depth);
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
@@ -591,7 +616,7 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
 
 // Grid: x shares out the boxes, y the output channels. Shared memory: weights, two patches, the map
 // to pool, bias, table.
-template <typename Math, int kTilesN, bool kGather, typename Source>
+template <typename Math, int kTilesN, bool kFold, typename Source>
 __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     gemm_kernel(ConvBlockShape s, GemmTile t, Source source, GemmWeight weight, const void* bias,
                 GemmOutput<typename Math::Element> to) {
@@ -606,7 +631,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
   const int column0 = blockIdx.y * kColumns;
 
   // 1. What stays the same for all boxes.
-  fill_table<Math, kGather>(s, t, table);
+  fill_table<kFold>(s, t, table);
   for (int k = threadIdx.x; k < kColumns; k += blockDim.x) {
     const bool inside = bias && column0 + k < s.K;
     GemmWeight values = weight;
@@ -624,15 +649,18 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
   for (int stage = -1; stage < stages; ++stage) {
     if (stage + 1 < stages) {
       const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
-      load_patch<Math, kGather>(s, t, source, patches + (stage + 1) % 2 * t.patch_bytes, box,
-                                (stage + 1) % t.chunks);
+      unsigned char* const to = patches + (stage + 1) % 2 * t.patch_bytes;
+      if constexpr (kFold)
+        source.load_folded(s, t, to, box);
+      else
+        load_patch<Math>(s, t, source, to, box, (stage + 1) % t.chunks);
     }
     copy_async_commit();
     if (stage < 0) continue;
 
     const int chunk = stage % t.chunks;
     if (stage == 0 || t.chunks > 1)
-      load_weights<Math, kTilesN, kGather>(s, t, weight, weights, column0, chunk);
+      load_weights<Math, kTilesN, kFold>(s, t, weight, weights, column0, chunk);
     copy_async_wait<1>();
     __syncthreads();
 
@@ -646,10 +674,9 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
           for (int m = 0; m < kM; ++m) sums[m][n][i] = first[8 * n + 2 * (threadIdx.x % 4) + i % 2];
     const unsigned char* patch = patches + stage % 2 * t.patch_bytes;
     if constexpr (Layout<Math>::kMatrixUnit)
-      multiply_matrices<Math, kTilesN, kGather, !Source::kRounded>(s, t, patch, weights, table,
-                                                                   sums);
+      multiply_matrices<Math, kTilesN, kFold, !Source::kRounded>(s, t, patch, weights, table, sums);
     else
-      multiply_floats<Math, kTilesN, kGather>(s, t, patch, weights, table, sums);
+      multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
 
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {
@@ -670,14 +697,14 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 // ---- launching
 
 // Persistent blocks: two per multiprocessor, as many as shared memory has room for.
-template <typename Math, int kTilesN, bool kGather, typename Source>
+template <typename Math, int kTilesN, bool kFold, typename Source>
 void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile& t,
                  const Source& source, const GemmWeight& weight, const void* bias,
                  const GemmOutput<typename Math::Element>& to) {
   const int64_t columns = ceil_div(s.K, 8 * kTilesN);
   const int64_t at_once = std::max<int64_t>(2 * launch.multiprocessors() / columns, 1);
   const int64_t turns = ceil_div(t.boxes, at_once);
-  launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kGather, Source>,
+  launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kFold, Source>,
                      dim3(ceil_div(t.boxes, turns), columns), Layout<Math>::kThreads, s, t, source,
                      weight, bias, to);
 }

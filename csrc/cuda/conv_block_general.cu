@@ -9,7 +9,8 @@
 //     kernel covers that element.
 //   backward_weight_kernel: a block owns a tile of one channel's dW and db over a chunk of the
 //     pooled rows (see WeightGradTile) and writes a partial sum.
-//   sum_chunks_kernel: a thread owns one element of dW or db and adds up its partial sums.
+//   sum_chunks_kernel: a column of threads owns one element of dW or db and adds up its partial
+//     sums.
 //
 // Offsets are 64-bit throughout. Template arguments T, W and Acc as in conv_block.h.
 #include "cuda/conv_block_kernels.h"
@@ -185,16 +186,29 @@ __global__ void __launch_bounds__(kElementThreads)
     partial[(chunk * s.K + k) * t.elements + element] = sums[lane];
 }
 
-// grad_weight.data or grad_bias is null where it is not wanted.
+// Threads [kSumRows, kWarpSize]: a warp's lanes own elements that lie side by side, its warps take
+// turns at the chunks. grad_weight.data or grad_bias is null where it is not wanted.
+constexpr int kSumRows = 8;
+
 template <typename W, typename Acc>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kSumRows* kWarpSize)
     sum_chunks_kernel(ConvBlockShape s, int64_t chunks, const Acc* partial, View4<W> grad_weight,
                       W* grad_bias) {
-  const int64_t index = element_index(), elements = weight_grad_elements(s);
-  if (index >= s.K * elements) return;
-  const int64_t k = index / elements, element = index % elements;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t elements = weight_grad_elements(s), total = s.K * elements;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  SHARED_ARRAY(Acc, sums, kSumRows * kWarpSize);
+  Acc own = 0;
+  if (index < total)
+#pragma unroll 8  // loads in flight
+    for (int64_t chunk = warp; chunk < chunks; chunk += kSumRows)
+      own += partial[chunk * total + index];
+  sums[threadIdx.x] = own;
+  __syncthreads();
+  if (warp > 0 || index >= total) return;
   Acc sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * s.K * elements + index];
+  for (int row = 0; row < kSumRows; ++row) sum += sums[row * kWarpSize + lane];
+  const int64_t k = index / elements, element = index % elements;
   if (element == elements - 1) {
     if (grad_bias) grad_bias[k] = static_cast<W>(sum);
   } else if (grad_weight.data) {
@@ -251,8 +265,8 @@ void launch_sum_chunks(const Launcher& launch, const ConvBlockShape& s, int64_t 
   dispatch_types(t.input.scalar_type(), t.weight.scalar_type(), [&](auto, auto w, auto acc) {
     using W = decltype(w);
     using Acc = decltype(acc);
-    launch(sum_chunks_kernel<W, Acc>, element_blocks(s.K * weight_grad_elements(s)),
-           kElementThreads, s, chunks, static_cast<const Acc*>(partial.const_data_ptr()),
+    launch(sum_chunks_kernel<W, Acc>, ceil_div(s.K * weight_grad_elements(s), kWarpSize),
+           kSumRows * kWarpSize, s, chunks, static_cast<const Acc*>(partial.const_data_ptr()),
            t.grad_weight.numel() ? mutable_view<W>(t.grad_weight) : View4<W>{},
            t.grad_bias.numel() ? static_cast<W*>(t.grad_bias.mutable_data_ptr()) : nullptr);
   });

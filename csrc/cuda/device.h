@@ -32,6 +32,13 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // Ends the kernel with an error.
 __device__ inline void trap() { asm volatile("trap;"); }
 
+// value << bits, 0 for 32 bits and more.
+__device__ inline uint32_t shift_left(uint32_t value, uint32_t bits) {
+  uint32_t shifted;
+  asm("shl.b32 %0, %1, %2;" : "=r"(shifted) : "r"(value), "r"(bits));
+  return shifted;
+}
+
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

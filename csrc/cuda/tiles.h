@@ -73,10 +73,10 @@ enum class Arithmetic { kBf16, kF16, kTf32, kFloat };
 struct GemmConfig {
   int element_bytes;  // of an operand in shared memory
   bool matrix_unit;   // else float multiply-adds
-  bool gather;        // few input channels: the sum runs over taps x channels in one, unpadded
+  bool fold;          // few input channels: a kernel row's pixels are one run of channels
   int columns;        // output channels of a block
   int warps, groups;  // a warp has `groups` times 32 rows
-  bool weight_grad;   // the sum runs over the rows: see WeightGradPlan
+  bool weight_grad;   // the sum runs over the positions: see WeightGradPlan
 
   constexpr int rows() const { return 32 * warps * groups; }
   // Channels come in steps of 32 bytes, one fragment of the matrix unit or 8 columns of dW, or of
@@ -87,10 +87,10 @@ struct GemmConfig {
 // 256 rows to a block. On the matrix unit a thread has 4 rows by 8 or 16 columns: 16 products of
 // fragments for 6 loads of 4. With multiply-adds it has 8 by 8: 256 of them for 16 loads of 4
 // floats, which leaves them, not shared memory, as the limit.
-constexpr GemmConfig gemm_config(Arithmetic a, bool gather, int columns) {
+constexpr GemmConfig gemm_config(Arithmetic a, bool fold, int columns) {
   const bool matrix_unit = a != Arithmetic::kFloat;
   const int bytes = a == Arithmetic::kBf16 || a == Arithmetic::kF16 ? 2 : 4;
-  return {bytes, matrix_unit, gather, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false};
+  return {bytes, matrix_unit, fold, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false};
 }
 
 // How the rows of the product are numbered. 32 rows are one output each; or the 4 positions of 8
@@ -104,6 +104,11 @@ enum class Pooling { kNone, kWindow, kShared };
 // pixels in a row lie in different banks. Where neighbouring rows of the product are `interleave`
 // columns of the input apart, these columns lie next to each other: column x at
 // x % interleave * run + x / interleave.
+//
+// With `fold` a pixel has 4 or 8 channels, padded, and nothing between it and the next, so that all
+// pixels under a row of the kernel are one run of the sum: its taps are the kernel's rows. Where a
+// pixel takes 8 bytes, half of what the matrix unit loads at a time, there are two copies of the
+// patch: column x starts an aligned run in the copy x % 2.
 struct GemmTile {
   Pooling pooling;
   int images, box_h, box_w;
@@ -112,33 +117,40 @@ struct GemmTile {
   int boxes_h, boxes_w;        // boxes along an image's outputs
   int64_t boxes;               // in all
   int taps, channels, chunks;  // chunks of `channels` make up all of them
-  int depth_bytes;             // of the sum over one tap: channels; with gather over all taps
+  int depth_bytes;             // of the sum over one tap
   int patch_h, patch_w, interleave, run;
-  int pixel_bytes, row_bytes, image_bytes, patch_bytes;
-  int step_h, step_bytes;  // between neighbouring units: rows of the input, bytes along one
+  int pixel_bytes, row_bytes, image_bytes;
+  int copy_bytes, patch_bytes;     // from one copy to the other (0: there is one); of all
+  int step_h, step_w, step_bytes;  // between neighbouring units: in the input; bytes along a row
   int weight_row_bytes, map_row_bytes, map_bytes;
   int64_t weight_bytes, table_entries;
   int64_t shared_bytes;
-  Divider by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_interleave, by_vectors;
+  Divider by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_pixels, by_interleave, by_vectors;
 };
 
 // The product for dW: 32 output channels by up to 72 units of 8 columns, (tap, channel) pairs; a
-// warp holds 9 units in 72 registers a thread: one for each tap of a 3 x 3 kernel.
+// warp holds up to 9 units in 72 registers a thread: one for each tap of a 3 x 3 kernel.
 constexpr int kGradChannels = 32, kGradUnits = 9;
-// What its blocks add up at the end: a warp's sums, for up to 4 warps, or a vector per thread.
+// What its blocks add up at the end: a warp's sums, for up to 4 warps.
 constexpr int kWeightGradFloats = 4 * 2 * kGradUnits * 4 * 32;
+// A step of its sum is 4 windows by 4 places, or 16 outputs where a window is one position. Windows
+// of more places take several steps, and of more than 16 the general kernels.
+constexpr int kGradStep = 16, kMostGradPlaces = 16;
 
-// A position's gradients in shared memory: an odd number of 16-byte pieces, or 40 words.
-constexpr int grad_row_bytes(const GemmConfig& c) {
-  return kGradChannels * c.element_bytes + (c.element_bytes == 2 ? 16 : 32);
-}
+constexpr int64_t grad_window_steps(const ConvBlockShape& s) { return (s.window() + 3) / 4; }
+constexpr int64_t grad_step_units(const ConvBlockShape& s) { return s.window() == 1 ? 16 : 4; }
 
-// Units of 8 columns; with gather the pairs follow each other without padding.
-constexpr int64_t grad_units(const GemmConfig& c, int64_t taps, int64_t channels) {
-  return c.gather ? ceil_div(taps * channels, 8) : taps * channels / 8;
-}
+// An output's gradients in shared memory, and its winners' codes: four outputs, 8 lanes each, lie
+// in different banks.
+constexpr int grad_row_bytes(const GemmConfig& c) { return kGradChannels * c.element_bytes + 32; }
+constexpr int kGradCodeBytes = kGradChannels + 16;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Units of 8 columns of dW: of a tap's channels, or with `fold` of a kernel row's run.
+constexpr int64_t grad_units(const GemmTile& t, const GemmConfig& c) {
+  return t.taps * t.depth_bytes / (8 * c.element_bytes);
+}
 
 // The tile with this box; shared_bytes says whether it fits.
 constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, int64_t channels,
@@ -146,8 +158,7 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   GemmTile t{};
   const bool square = s.pool_h == 2 && s.pool_w == 2;
   t.pooling = s.window() == 1 ? Pooling::kNone : square ? Pooling::kWindow : Pooling::kShared;
-  const int64_t taps = s.kernel_h * s.kernel_w;
-  const bool positions = t.pooling == Pooling::kShared;
+  const bool positions = t.pooling == Pooling::kShared && !c.weight_grad;
   const int64_t conv_h = (box_h - 1) * s.pool_stride_h + s.pool_h;
   const int64_t conv_w = (box_w - 1) * s.pool_stride_w + s.pool_w;
   t.images = images, t.box_h = box_h, t.box_w = box_w;
@@ -155,50 +166,64 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   t.units = images * (positions ? conv_h * conv_w : box_h * box_w);
   t.boxes_h = ceil_div(s.out_h, box_h), t.boxes_w = ceil_div(s.out_w, box_w);
   t.boxes = ceil_div(s.N, images) * t.boxes_h * t.boxes_w;
-  t.taps = taps, t.channels = channels;
+  t.taps = s.kernel_h * (c.fold ? 1 : s.kernel_w);
+  t.channels = channels;
   t.chunks = ceil_div(s.C, channels);
-  const int64_t depth = c.gather ? round_up(taps * s.C, c.step()) : channels;
+  const int64_t step = c.weight_grad ? 8 : c.step();
+  const int64_t depth = c.fold ? round_up(s.kernel_w * channels, step) : channels;
   t.depth_bytes = depth * c.element_bytes;
 
   t.patch_h = (conv_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
   t.patch_w = (conv_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
-  const int64_t step_w = s.stride_w * (positions ? 1 : s.pool_stride_w);
+  t.step_w = s.stride_w * (positions ? 1 : s.pool_stride_w);
   t.step_h = s.stride_h * (positions ? 1 : s.pool_stride_h);
-  t.interleave = c.gather ? 1 : step_w;
-  t.run = ceil_div(t.patch_w, t.interleave);
+  t.interleave = c.fold || c.weight_grad ? 1 : t.step_w;
   // dW reads pixels of floats word by word: with 8 words more, 4 pixels by 8 channels have a bank
   // each.
-  const int64_t apart = c.weight_grad && c.element_bytes == 4 ? 32 : 16;
-  t.pixel_bytes = channels * c.element_bytes + (c.gather ? 0 : apart);
-  t.step_bytes = t.pixel_bytes * (c.gather ? step_w : 1);
+  const int64_t apart = c.fold ? 0 : c.weight_grad && c.element_bytes == 4 ? 32 : 16;
+  t.pixel_bytes = channels * c.element_bytes + apart;
+  t.run = round_up(ceil_div(t.patch_w, t.interleave), t.pixel_bytes == 8 ? 2 : 1);
+  t.step_bytes = t.pixel_bytes;
   t.row_bytes = t.interleave * t.run * t.pixel_bytes;
   t.image_bytes = t.patch_h * t.row_bytes;
-  const int64_t patch_bytes = round_up(images * t.patch_h * t.row_bytes, 16);
+  const int64_t one_copy = round_up(images * t.patch_h * t.row_bytes, 16);
+  // 64 bytes from a multiple of all banks' 128: 4 runs of each copy lie in different banks.
+  if (t.pixel_bytes == 8) t.copy_bytes = round_up(one_copy, 128) + 64;
+  const int64_t patch_bytes = t.copy_bytes + one_copy;
   t.patch_bytes = patch_bytes;
 
   t.weight_row_bytes = t.depth_bytes + 16;
-  t.weight_bytes = c.columns * (c.gather ? 1 : taps) * (depth * c.element_bytes + 16);
+  t.weight_bytes = int64_t{c.columns} * t.taps * t.weight_row_bytes;
   t.map_row_bytes = 4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
   t.map_bytes = positions ? round_up(c.rows() * t.map_row_bytes, 16) : 0;
-  t.table_entries = c.gather ? depth : 2 * taps;
+  t.table_entries = 2 * t.taps;
   t.shared_bytes = t.weight_bytes + 2 * patch_bytes + t.map_bytes +
                    round_up(4 * (t.table_entries + c.columns), 16);
-  if (c.weight_grad)
-    t.shared_bytes = 2 * patch_bytes + c.rows() * (grad_row_bytes(c) + 4) + 4 * kWeightGradFloats;
+  if (c.weight_grad) {
+    const int64_t units = round_up(t.units, grad_step_units(s));
+    t.table_entries = kGradStep * units / grad_step_units(s) * grad_window_steps(s);
+    t.shared_bytes =
+        2 * (patch_bytes + units * (grad_row_bytes(c) + kGradCodeBytes)) + 4 * t.table_entries;
+    t.shared_bytes = std::max<int64_t>(t.shared_bytes, 4 * kWeightGradFloats);
+  }
   t.by_unit_w = Divider(t.unit_w), t.by_unit_h = Divider(t.unit_h);
   t.by_patch_w = Divider(t.patch_w), t.by_patch_h = Divider(t.patch_h);
+  t.by_pixels = Divider(images * t.patch_h * t.patch_w);
   t.by_interleave = Divider(t.interleave);
-  t.by_vectors = Divider(c.gather ? 1 : channels * c.element_bytes / 16);
+  t.by_vectors = Divider(c.fold ? 1 : channels * c.element_bytes / 16);
   return t;
 }
 
-// The largest box of this width that fits, as many images as there is room for; units = 0: none.
+// The largest box of this width that fits, as many images as there is room for, at most
+// `most_images`; units = 0: none.
 constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig& c,
-                                      int64_t channels, int64_t box_w, int64_t max_shared) {
+                                      int64_t channels, int64_t box_w, int64_t most_images,
+                                      int64_t max_shared) {
   const auto fits = [&](const GemmTile& t) {
-    const int capacity = t.pooling == Pooling::kWindow ? c.rows() / 4 : c.rows();
-    if (c.weight_grad && grad_units(c, t.taps, t.channels) > kGradUnits * c.warps) return false;
-    return t.units <= capacity && t.shared_bytes <= max_shared;
+    if (t.shared_bytes > max_shared) return false;
+    if (c.weight_grad)
+      return t.table_entries <= c.rows() && grad_units(t, c) <= kGradUnits * c.warps;
+    return t.units <= (t.pooling == Pooling::kWindow ? c.rows() / 4 : c.rows());
   };
   int64_t box_h = std::min<int64_t>(s.out_h, c.rows() / box_w);
   while (box_h > 0 && !fits(gemm_tile_of(s, c, channels, 1, box_h, box_w))) --box_h;
@@ -206,32 +231,44 @@ constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig&
   box_h = ceil_div(s.out_h, ceil_div(s.out_h, box_h));  // boxes of equal height
   int64_t images = 1;
   if (box_h == s.out_h && box_w == s.out_w) {
-    images = std::max<int64_t>(1, std::min<int64_t>(s.N, c.rows() / (box_h * box_w)));
+    images = std::max<int64_t>(1, std::min<int64_t>(most_images, c.rows() / (box_h * box_w)));
     while (!fits(gemm_tile_of(s, c, channels, images, box_h, box_w))) --images;
   }
   return gemm_tile_of(s, c, channels, images, box_h, box_w);
+}
+
+// Channels of a pixel, padding included, at first tried all at once.
+constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
+  if (c.fold) return s.C <= 4 ? 4 : 8;
+  return round_up(s.C, c.step());
 }
 
 // The tile with the least work over all boxes; units = 0 where none fits. Work is counted in rows
 // of the product: those of the box, useful or not; a pixel of the patch, which is loaded once for
 // all taps, as half a row; and the block's weights where they have to be loaded anew for each box:
 // they take some 7 instructions per element and thread, as long as 448 rows on the matrix unit, or
-// 8 rows of multiply-adds.
-constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared) {
+// 8 rows of multiply-adds. For dW it is the work of one of `blocks` blocks, with 64 rows for the
+// start of a box.
+constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared,
+                             int64_t blocks = 0) {
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
-  const int64_t all = c.gather ? s.C : round_up(s.C, c.step());
-  const int64_t reload = c.weight_grad ? 0 : c.matrix_unit ? 448 : 8;
-  for (int64_t channels = all; channels > 0;) {
+  const int64_t reload = c.matrix_unit ? 448 : 8;
+  for (int64_t channels = pixel_channels(s, c); channels > 0;) {
+    const int64_t share =
+        c.weight_grad ? std::max<int64_t>(blocks / ceil_div(s.C, channels), 1) : 1;
+    const int64_t most_images = c.weight_grad ? ceil_div(s.N, share) : s.N;
     for (int64_t splits = 1; splits <= std::min<int64_t>(s.out_w, 16); ++splits) {
       const int64_t box_w = ceil_div(s.out_w, splits);
-      const GemmTile t = gemm_tile_of_width(s, c, channels, box_w, max_shared);
+      const GemmTile t = gemm_tile_of_width(s, c, channels, box_w, most_images, max_shared);
       if (t.units == 0) continue;
+      const int64_t patch = t.images * t.patch_h * t.patch_w / 2;
       const int64_t work =
-          t.boxes * (c.rows() + t.images * t.patch_h * t.patch_w / 2 + (t.chunks > 1 ? reload : 0));
+          c.weight_grad ? ceil_div(t.boxes, share) * t.chunks * (t.table_entries + patch + 64)
+                        : t.boxes * (c.rows() + patch + (t.chunks > 1 ? reload : 0));
       if (work < least) least = work, best = t;
     }
-    if (c.gather || channels == c.step()) break;
+    if (c.fold || channels == c.step()) break;
     channels = round_up(channels / 2, c.step());
   }
   return best;
@@ -269,7 +306,7 @@ struct GemmPlan {
 
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
 // for: with 160 KiB and more two blocks shall fit on a multiprocessor.
-constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool gather, int most_columns,
+constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, int most_columns,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
   constexpr int64_t kForTwo = 160 << 10;
@@ -277,7 +314,7 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool gather,
     for (int columns : {64, 32}) {
       if (columns > most_columns || (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)))
         continue;
-      const GemmConfig c = gemm_config(a, gather, columns);
+      const GemmConfig c = gemm_config(a, fold, columns);
       const GemmTile t = gemm_tile(s, c, shared);
       if (t.units > 0 && t.boxes * t.chunks < std::numeric_limits<int32_t>::max()) return {c, t};
     }
@@ -297,42 +334,37 @@ constexpr ConvBlockShape transposed(const ConvBlockShape& s) {
   return t;
 }
 
-// The conv map as far as windows reach: rows of the product for dW.
-constexpr ConvBlockShape map_shape(const ConvBlockShape& s) {
-  ConvBlockShape t = s;
-  t.out_h = std::min((s.out_h - 1) * s.pool_stride_h + s.pool_h - s.pool_pad_h, s.conv_h);
-  t.out_w = std::min((s.out_w - 1) * s.pool_stride_w + s.pool_w - s.pool_pad_w, s.conv_w);
-  t.pool_h = t.pool_w = t.pool_stride_h = t.pool_stride_w = 1, t.pool_pad_h = t.pool_pad_w = 0;
-  return t;
-}
-
 // dW and db: a block owns 32 output channels and a chunk of the input's channels, and goes over
-// every `splits`-th part of the boxes. Its warps are warps_n for the units times warps_k that take
-// turns at the positions.
+// every `splits`-th part of the boxes. Its warps are warps_n for the units, each_n to a warp, times
+// warps_k that take turns at the steps.
 struct WeightGradPlan {
   GemmConfig config;
   GemmTile tile;
-  int units, warps_n, warps_k;
+  int units, each_n, warps_n, warps_k;
+  int steps, window_steps;  // of a full box; of a window
   int64_t channel_blocks, splits;
   constexpr bool exists() const { return tile.units > 0; }
 };
 
-constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a, bool gather,
+constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a, bool fold,
                                           int arch, int64_t max_shared) {
-  if (!arch_has(a, arch) || !gemm_serves(s) || s.N == 0) return {};
+  if (!arch_has(a, arch) || !gemm_serves(s) || s.N == 0 || s.window() > kMostGradPlaces) return {};
   // Two blocks for each multiprocessor of the largest devices. The number depends on the shape
   // alone, so that the sums are the same on every device.
   constexpr int64_t kBlocks = 264, kShared = 99 << 10;
   WeightGradPlan p{};
-  p.config = gemm_config(a, gather, kGradChannels);
-  p.config.warps = 8, p.config.groups = 1, p.config.weight_grad = true;
-  p.tile = gemm_tile(map_shape(s), p.config, std::min(max_shared, kShared));
-  if (!p.exists() || p.tile.boxes >= std::numeric_limits<int32_t>::max()) return {};
-  p.units = grad_units(p.config, p.tile.taps, p.tile.channels);
-  for (p.warps_n = 1; p.warps_n * kGradUnits < p.units;) p.warps_n *= 2;
-  p.warps_k = p.config.warps / p.warps_n;
+  p.config = gemm_config(a, fold, kGradChannels);
+  p.config.warps = 8, p.config.groups = 4, p.config.weight_grad = true;
   p.channel_blocks = ceil_div(s.K, kGradChannels);
-  const int64_t wanted = std::max<int64_t>(kBlocks / (p.channel_blocks * p.tile.chunks), 1);
+  const int64_t blocks = std::max<int64_t>(kBlocks / p.channel_blocks, 1);
+  p.tile = gemm_tile(s, p.config, std::min(max_shared, kShared), blocks);
+  if (!p.exists() || p.tile.boxes >= std::numeric_limits<int32_t>::max()) return {};
+  p.units = grad_units(p.tile, p.config);
+  for (p.warps_n = 1; p.warps_n * kGradUnits < p.units;) p.warps_n *= 2;
+  p.each_n = ceil_div(p.units, p.warps_n);
+  p.warps_k = p.config.warps / p.warps_n;
+  p.steps = p.tile.table_entries / kGradStep, p.window_steps = grad_window_steps(s);
+  const int64_t wanted = std::max<int64_t>(blocks / p.tile.chunks, 1);
   p.splits = ceil_div(p.tile.boxes, ceil_div(p.tile.boxes, wanted));
   return p;
 }

@@ -106,6 +106,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void trap() { throw std::runtime_error("emulator: trap"); }
 
+inline uint32_t shift_left(uint32_t value, uint32_t bits) { return bits < 32 ? value << bits : 0; }
+
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   emulator::load_words(r, 4, row, false);
 }
