@@ -9,6 +9,8 @@
 // map, its gradient and casts of the operands. Sums are in a fixed order: no atomics.
 #include "cuda/conv_block_kernels.h"
 
+#include <limits>
+
 namespace fastcls::cuda {
 
 namespace {
@@ -32,13 +34,22 @@ std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int ar
   }
 }
 
+// Strides that the matrix-product kernels hold in 32 bits.
+bool is_narrow(const Tensor& t) {
+  for (int64_t d = 0; d < 4; ++d)
+    if (t.stride(d) > std::numeric_limits<int32_t>::max()) return false;
+  return true;
+}
+
 // Few channels would fill a step of the sum with padding, where the pixels under a row of the
 // kernel cannot be one run.
 bool folds(const ConvBlockShape& s) { return s.C <= 8 && s.dilation_w == 1; }
 
-GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s,
+GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s, const Tensor& input,
                       std::optional<Arithmetic> a) {
-  return a ? gemm_plan(s, *a, folds(s), 64, launch.arch(), launch.max_shared_bytes()) : GemmPlan{};
+  return a && is_narrow(input)
+             ? gemm_plan(s, *a, folds(s), 64, launch.arch(), launch.max_shared_bytes())
+             : GemmPlan{};
 }
 
 // Expanding the gradient takes the registers that more columns would need.
@@ -50,9 +61,11 @@ GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
 }
 
 WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
+                                    const Tensor& input, const Tensor& grad_out,
                                     std::optional<Arithmetic> a) {
-  return a ? weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes())
-           : WeightGradPlan{};
+  return a && is_narrow(input) && is_narrow(grad_out)
+             ? weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes())
+             : WeightGradPlan{};
 }
 
 }  // namespace
@@ -66,7 +79,7 @@ int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<i
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
   const Launcher launch(input);
   const GemmPlan plan =
-      forward_plan(launch, s, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()));
+      forward_plan(launch, s, input, arithmetic_of(input.scalar_type(), allow_tf32, launch.arch()));
   return static_cast<int64_t>(!plan.exists()     ? ConvBlockPath::kGeneral
                               : plan.config.fold ? ConvBlockPath::kDirect
                                                  : ConvBlockPath::kGemm);
@@ -90,7 +103,7 @@ std::tuple<Tensor, Tensor> conv_block_forward(
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const ForwardTensors tensors{input, weight, flat_bias, out, codes_of(s, winner)};
   const auto arithmetic = arithmetic_of(input.scalar_type(), allow_tf32, launch.arch());
-  const GemmPlan plan = forward_plan(launch, s, arithmetic);
+  const GemmPlan plan = forward_plan(launch, s, input, arithmetic);
   if (plan.exists())
     launch_gemm_forward(launch, s, plan, *arithmetic, tensors);
   else
@@ -127,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
       launch_general_backward_input(launch, s, tensors);
   }
   if (grad_weight.numel() > 0 || grad_bias.numel() > 0) {
-    const WeightGradPlan plan = backward_weight_plan(launch, s, arithmetic);
+    const WeightGradPlan plan = backward_weight_plan(launch, s, input, grad_out, arithmetic);
     if (plan.exists())
       launch_gemm_backward_weight(launch, s, plan, *arithmetic, tensors);
     else

@@ -20,36 +20,51 @@ namespace {
 
 constexpr int kGradThreads = 8 * kWarpSize;
 constexpr int kGradFragments = kGradChannels / 16;
-using GradSums = float[kGradFragments][kGradUnits][4];  // as in conv_block_gemm.h
+constexpr int kFewGradUnits = 6;  // of a 3 x 3 kernel over a folded patch
+template <typename T>
+constexpr int kGradRow = grad_row_bytes(sizeof(T));
+// As in conv_block_gemm.h, of a warp's units.
+template <int kUnits>
+using GradSums = float[kGradFragments][kUnits][4];
 
 // ---- where things are
 
+// A unit of 8 columns: its tap, or with `fold` its row of the kernel, and its place among those of
+// the tap.
+struct GradUnit {
+  int tap, piece;
+};
+
+__device__ inline GradUnit grad_unit(const WeightGradPlan& p, int unit) {
+  unsigned rest = unit;
+  const int last = split(rest, p.config.fold ? p.by_run_units : p.by_taps);
+  return p.config.fold ? GradUnit{static_cast<int>(rest), last}
+                       : GradUnit{last, static_cast<int>(rest)};
+}
+
 // Bytes from a position's first tap to the first channel of a unit; beyond the last unit to that of
 // the first.
-__device__ inline int unit_offset(const ConvBlockShape& s, const GemmTile& t, int unit, int bytes,
-                                  bool fold) {
-  const int across = fold ? 1 : static_cast<int>(s.kernel_w);
-  const int tap = fold ? unit * 8 / (t.depth_bytes / bytes) : unit % t.taps;
-  const int piece = fold ? unit - tap * (t.depth_bytes / bytes / 8) : unit / t.taps;
-  if (tap >= t.taps || piece * 8 * bytes >= t.depth_bytes) return 0;
-  return tap / across * static_cast<int>(s.dilation_h) * t.row_bytes +
-         tap % across * static_cast<int>(s.dilation_w) * t.pixel_bytes + piece * 8 * bytes;
+__device__ inline int unit_offset(const ConvBlockShape& s, const WeightGradPlan& p, int unit,
+                                  int bytes) {
+  const GradUnit u = grad_unit(p, unit < p.units ? unit : 0);
+  unsigned row = u.tap;
+  const int column = p.config.fold ? 0 : split(row, p.by_kernel_w);
+  return static_cast<int>(row) * static_cast<int>(s.dilation_h) * p.tile.row_bytes +
+         column * static_cast<int>(s.dilation_w) * p.tile.pixel_bytes + u.piece * 8 * bytes;
 }
 
 // Where the gradient of a unit's column goes in a row of taps x C elements; -1: nowhere.
-__device__ inline int64_t grad_element(const ConvBlockShape& s, const GemmTile& t, int unit,
-                                       int column, int chunk, int bytes, bool fold) {
-  int tap, channel;
-  if (fold) {
-    const int depth = t.depth_bytes / bytes, row = unit * 8 / depth;
-    const int at = unit * 8 - row * depth + column, x = at / t.channels;
-    tap = row * static_cast<int>(s.kernel_w) + x, channel = at % t.channels;
+__device__ inline int64_t grad_element(const ConvBlockShape& s, const WeightGradPlan& p, int unit,
+                                       int column, int chunk) {
+  const GradUnit u = grad_unit(p, unit);
+  int tap = u.tap, channel = u.piece * 8 + column;
+  if (p.config.fold) {  // channels are 4 or 8
+    const int x = channel / p.tile.channels;
     if (x >= s.kernel_w) return -1;
-  } else {
-    tap = unit % t.taps, channel = unit / t.taps * 8 + column;
-    if (channel >= t.channels) return -1;
+    tap = u.tap * static_cast<int>(s.kernel_w) + x, channel -= x * p.tile.channels;
   }
-  const int64_t c = static_cast<int64_t>(chunk) * t.channels + channel;
+  if (unit >= p.units || channel >= p.tile.channels) return -1;
+  const int64_t c = static_cast<int64_t>(chunk) * p.tile.channels + channel;
   return c < s.C ? tap * s.C + c : -1;
 }
 
@@ -60,16 +75,21 @@ __device__ inline int64_t grad_element(const ConvBlockShape& s, const GemmTile& 
 __device__ inline void fill_positions(const ConvBlockShape& s, const WeightGradPlan& p,
                                       int* positions) {
   const GemmTile& t = p.tile;
-  const int window = static_cast<int>(s.window()), pool_w = static_cast<int>(s.pool_w);
+  const int window = static_cast<int>(s.window());
   for (int i = threadIdx.x; i < p.steps * kGradStep; i += blockDim.x) {
     const int step = i / kGradStep, k = i % kGradStep;
     const int lane = k % 8 / 2, j = k / 8 * 2 + k % 2;
     int unit = step * kGradStep + 4 * j + lane, place = 0;
-    if (window > 1) unit = step / p.window_steps * 4 + lane, place = step % p.window_steps * 4 + j;
+    if (window > 1) {
+      unsigned windows = step;
+      place = split(windows, p.by_window_steps) * 4 + j;
+      unit = static_cast<int>(windows) * 4 + lane;
+    }
     const Unit u = unit_at(t, unit < t.units ? unit : 0);
-    if (place >= window) place = 0;
-    const int y = u.y * t.step_h + place / pool_w * static_cast<int>(s.stride_h);
-    const int x = u.x * t.step_w + place % pool_w * static_cast<int>(s.stride_w);
+    unsigned row = place < window ? place : 0;
+    const int column = split(row, p.by_pool_w);
+    const int y = u.y * t.step_h + static_cast<int>(row) * static_cast<int>(s.stride_h);
+    const int x = u.x * t.step_w + column * static_cast<int>(s.stride_w);
     positions[i] = u.image * t.image_bytes + y * t.row_bytes + column_offset(t, x);
   }
 }
@@ -78,31 +98,30 @@ __device__ inline void fill_positions(const ConvBlockShape& s, const WeightGradP
 
 template <typename T>
 struct GradSource {
-  View4<const T> g;  // pooled gradient [N, K, out_h, out_w]
+  NarrowView<const T> g;  // pooled gradient [N, K, out_h, out_w]
   Codes codes;
   bool vectors, code_vectors;  // channels lie in aligned 16-byte vectors
   bool channels_inner;
 
   // Output `unit` of the box; false: there is none.
   __device__ static bool find(const ConvBlockShape& s, const GemmTile& t, const Box& box, int unit,
-                              int64_t* n, int* h, int* w) {
+                              int* n, int* h, int* w) {
     const Unit u = unit_at(t, unit);
     *n = box.n + u.image, *h = box.out_h + u.y, *w = box.out_w + u.x;
     return unit < t.units && *n < s.N && *h < s.out_h && *w < s.out_w;
   }
 
-  __device__ void load_grads(const ConvBlockShape& s, const GemmTile& t, const Box& box, int64_t k0,
-                             int outputs, int row_bytes, unsigned char* to) const {
+  __device__ void load_grads(const ConvBlockShape& s, const GemmTile& t, const Box& box, int k0,
+                             int outputs, unsigned char* to) const {
     constexpr int kSize = Vector<T>::kSize, kVectors = kGradChannels / kSize;
 #pragma unroll 1
     for (int i = threadIdx.x; i < outputs * kVectors; i += blockDim.x) {
       const int unit = channels_inner ? i / kVectors : i % outputs;
       const int vector = channels_inner ? i % kVectors : i / outputs;
-      int64_t n;
-      int h, w;
+      int n, h, w;
       const bool inside = find(s, t, box, unit, &n, &h, &w);
-      const int64_t k = k0 + vector * kSize;
-      unsigned char* const at = to + unit * row_bytes + vector * 16;
+      const int k = k0 + vector * kSize;
+      unsigned char* const at = to + unit * kGradRow<T> + vector * 16;
       if (vectors) {
         const bool zeros = !inside || k >= s.K;
         copy_async(at, zeros ? g.data : g.at(n, k, h, w), zeros);
@@ -117,18 +136,20 @@ struct GradSource {
   }
 
   // Codes of gradients that are zero do not matter.
-  __device__ void load_codes(const ConvBlockShape& s, const GemmTile& t, const Box& box, int64_t k0,
+  __device__ void load_codes(const ConvBlockShape& s, const GemmTile& t, const Box& box, int k0,
                              int outputs, unsigned char* to) const {
     constexpr int kVectors = kGradChannels / 16;
     const uint8_t* const data = static_cast<const uint8_t*>(codes.data);
+    const int image = static_cast<int>(s.out_h * s.out_w * s.K);
 #pragma unroll 1
     for (int i = threadIdx.x; i < outputs * kVectors; i += blockDim.x) {
       const int unit = i / kVectors;
-      int64_t n, k = k0 + i % kVectors * 16;
-      int h, w;
+      const int k = k0 + i % kVectors * 16;
+      int n, h, w;
       const bool inside = data && find(s, t, box, unit, &n, &h, &w) && k < s.K;
       unsigned char* const at = to + unit * kGradCodeBytes + i % kVectors * 16;
-      const int64_t first = inside ? ((n * s.out_h + h) * s.out_w + w) * s.K + k : 0;
+      const int at_image = (h * static_cast<int>(s.out_w) + w) * static_cast<int>(s.K) + k;
+      const int64_t first = inside ? static_cast<int64_t>(n) * image + at_image : 0;
       if (code_vectors) {
         copy_async(at, data + first, !inside);
         continue;
@@ -141,7 +162,7 @@ struct GradSource {
 template <typename T>
 GradSource<T> grad_source(const ConvBlockShape& s, const View4<const T>& g, const Codes& codes) {
   const bool aligned = s.K % 16 == 0 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0;
-  return {g, codes, channels_are_vectors(g, s.K), codes.data && aligned, g.c <= g.w};
+  return {narrowed(g), codes, channels_are_vectors(g, s.K), codes.data && aligned, g.c <= g.w};
 }
 
 // ---- a thread's gradients: of channels 2 g and 2 g + 1 at output t
@@ -151,12 +172,13 @@ struct GradPair {
   T e[2];
 };
 
+__device__ inline int code_of(uint16_t both, int h) { return both >> 8 * h & 0xff; }
+
 // db: those that pass the ReLU.
 template <typename T>
-__device__ void add_bias_grads(const GradPair<T>& grad, const uint8_t (&code)[2],
-                               float (&sums)[2]) {
+__device__ void add_bias_grads(const GradPair<T>& grad, uint16_t codes, float (&sums)[2]) {
   for (int h = 0; h < 2; ++h)
-    if (code[h] != kShut<uint8_t>) sums[h] += static_cast<float>(grad.e[h]);
+    if (code_of(codes, h) != kShut<uint8_t>) sums[h] += static_cast<float>(grad.e[h]);
 }
 
 // The gradient at places first and first + 1, as the two halves of a word: all zero, or moved to
@@ -168,17 +190,16 @@ __device__ inline uint32_t at_places(uint32_t half, int code, int first) {
 // What a warp reads of the box for one step.
 struct GradStep {
   const unsigned char *grads, *codes;  // of the thread's channels, at the step's first output
-  int row_bytes;
   const int* positions;
   const unsigned char* patch;
 };
 
-// The same for all of the thread's steps: where its units lie, and how many there are. Of 16-bit
-// elements two units are loaded at a time, one with the addresses of lanes 0 to 15, the other with
-// those of the others; a unit after the last is multiplied for nothing.
+// The same for all of the thread's steps: where its units lie. Of 16-bit elements two units are
+// loaded at a time, one with the addresses of lanes 0 to 15, the other with those of the others.
+// Units after the last are multiplied for nothing: a branch would keep loads and products apart.
+template <int kUnits>
 struct GradColumns {
-  int units;
-  int offset[kGradUnits];
+  int offset[kUnits];
 };
 
 // ---- multiplying: a step is one product of 16-bit elements, two of tf32, 16 multiply-adds
@@ -188,118 +209,115 @@ __device__ GradPair<T> load_pair(const GradStep& at, int output, int fragment) {
   struct alignas(2 * sizeof(T)) Pair {
     T e[2];
   };
-  const auto pair = *reinterpret_cast<const Pair*>(at.grads + output * at.row_bytes +
+  const auto pair = *reinterpret_cast<const Pair*>(at.grads + output * kGradRow<T> +
                                                    fragment * 16 * static_cast<int>(sizeof(T)));
   return {{pair.e[0], pair.e[1]}};
 }
 
-__device__ inline void load_codes(const GradStep& at, int output, int fragment,
-                                  uint8_t (&code)[2]) {
-  const auto both =
-      *reinterpret_cast<const uint16_t*>(at.codes + output * kGradCodeBytes + fragment * 16);
-  code[0] = static_cast<uint8_t>(both), code[1] = static_cast<uint8_t>(both >> 8);
+__device__ inline uint16_t load_codes(const GradStep& at, int output, int fragment) {
+  return *reinterpret_cast<const uint16_t*>(at.codes + output * kGradCodeBytes + fragment * 16);
 }
 
-// The four words of both channels: places or outputs j = 0, 1 | 2, 3 as f(channel, j) gives them.
-// Calls use(grad, code, output) for each pair of gradients, to expand and to add up.
-template <typename T, bool kWindows, typename Use>
-__device__ void for_pairs(const GradStep& at, int fragment, const Use& use) {
+// Calls use(gradients, codes, 0) for the thread's own output; where a window is one position,
+// use(gradients, codes, j) for its outputs first + j.
+template <typename T, bool kWindows, int kOutputs, typename Use>
+__device__ void for_outputs(const GradStep& at, int fragment, int first, const Use& use) {
 #pragma unroll
-  for (int j = 0; j < (kWindows ? 1 : 4); ++j) {
-    uint8_t code[2];
-    load_codes(at, 4 * j, fragment, code);
-    use(load_pair<T>(at, 4 * j, fragment), code, j);
+  for (int j = 0; j < (kWindows ? 1 : kOutputs); ++j) {
+    const int output = kWindows ? 0 : 4 * (first + j);
+    use(load_pair<T>(at, output, fragment), load_codes(at, output, fragment), j);
   }
 }
 
-template <typename Math, bool kWindows>
+template <typename Math, bool kWindows, int kUnits>
 __device__ void multiply_halves(const GradStep& at, int place, bool first_of_window,
-                                const GradColumns& columns, float (&bias)[kGradFragments][2],
-                                GradSums& sums) {
+                                const GradColumns<kUnits>& columns,
+                                float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
   using T = typename Math::Element;
   const int lane = threadIdx.x % kWarpSize;
   uint32_t a[kGradFragments][4] = {};
 #pragma unroll
   for (int m = 0; m < kGradFragments; ++m)
-    for_pairs<T, kWindows>(at, m, [&](const GradPair<T>& grad, const uint8_t (&code)[2], int j) {
-      if (first_of_window) add_bias_grads(grad, code, bias[m]);
+    for_outputs<T, kWindows, 4>(at, m, 0, [&](const GradPair<T>& grad, uint16_t codes, int j) {
+      if (first_of_window) add_bias_grads(grad, codes, bias[m]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t half = bits_as<uint16_t>(grad.e[h]);
         if constexpr (kWindows) {
-          a[m][h] = at_places(half, code[h], place);
-          a[m][2 + h] = at_places(half, code[h], place + 2);
+          a[m][h] = at_places(half, code_of(codes, h), place);
+          a[m][2 + h] = at_places(half, code_of(codes, h), place + 2);
         } else {
-          a[m][j / 2 * 2 + h] |= code[h] == 0 ? half << (j % 2 * 16) : 0;
+          a[m][j / 2 * 2 + h] |= code_of(codes, h) == 0 ? half << (j % 2 * 16) : 0;
         }
       }
     });
   const unsigned char* const row = at.patch + at.positions[lane % 16];
 #pragma unroll
-  for (int j = 0; j < kGradUnits; j += 2) {
-    if (j >= columns.units) break;
+  for (int j = 0; j < kUnits; j += 2) {
     uint32_t b[4];
     load_matrices_transposed(b, row + columns.offset[j / 2]);
 #pragma unroll
     for (int m = 0; m < kGradFragments; ++m) {
       Math::multiply(sums[m][j], a[m], b[0], b[1]);
-      if (j + 1 < kGradUnits) Math::multiply(sums[m][j + 1], a[m], b[2], b[3]);
+      if (j + 1 < kUnits) Math::multiply(sums[m][j + 1], a[m], b[2], b[3]);
     }
   }
 }
 
-// Of tf32, thread t holds the first place or output and, in the second word, the next.
-template <typename Math, bool kWindows>
+// Of tf32, two products: of places or outputs 0 and 1, 2 and 3, the first of them in the first
+// word.
+template <typename Math, bool kWindows, int kUnits>
 __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_window,
-                              const GradColumns& columns, float (&bias)[kGradFragments][2],
-                              GradSums& sums) {
+                              const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
+                              GradSums<kUnits>& sums) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  uint32_t a[2][kGradFragments][4] = {};  // of places 0 and 1, 2 and 3
+#pragma unroll 1  // registers are scarce
+  for (int first = 0; first < 4; first += 2) {
+    const bool add_bias = first_of_window && (!kWindows || first == 0);
+    uint32_t a[kGradFragments][4] = {};
 #pragma unroll
-  for (int m = 0; m < kGradFragments; ++m)
-    for_pairs<float, kWindows>(
-        at, m, [&](const GradPair<float>& grad, const uint8_t (&code)[2], int output) {
-          if (first_of_window) add_bias_grads(grad, code, bias[m]);
+    for (int m = 0; m < kGradFragments; ++m)
+      for_outputs<float, kWindows, 2>(
+          at, m, first, [&](const GradPair<float>& grad, uint16_t codes, int output) {
+            if (add_bias) add_bias_grads(grad, codes, bias[m]);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t value = to_tf32(grad.e[h]);
+            for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-              if (kWindows || j == output)
-                a[j / 2][m][j % 2 * 2 + h] = code[h] == (kWindows ? place + j : 0) ? value : 0;
-          }
-        });
+              for (int j = 0; j < 2; ++j)
+                if (kWindows || j == output)
+                  a[m][2 * j + h] = code_of(codes, h) == (kWindows ? place + first + j : 0)
+                                        ? to_tf32(grad.e[h])
+                                        : 0;
+          });
+    const int* const positions = at.positions + 4 * first + 2 * t;
+    const unsigned char* const left = at.patch + positions[0] + 4 * g;
+    const unsigned char* const right = at.patch + positions[1] + 4 * g;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    const unsigned char* const left = at.patch + at.positions[8 * pair + 2 * t] + 4 * g;
-    const unsigned char* const right = at.patch + at.positions[8 * pair + 2 * t + 1] + 4 * g;
-#pragma unroll
-    for (int j = 0; j < kGradUnits; ++j) {
-      if (j >= columns.units) break;
+    for (int j = 0; j < kUnits; ++j) {
       const uint32_t b0 = to_tf32(*reinterpret_cast<const float*>(left + columns.offset[j]));
       const uint32_t b1 = to_tf32(*reinterpret_cast<const float*>(right + columns.offset[j]));
 #pragma unroll
-      for (int m = 0; m < kGradFragments; ++m) Math::multiply(sums[m][j], a[pair][m], b0, b1);
+      for (int m = 0; m < kGradFragments; ++m) Math::multiply(sums[m][j], a[m], b0, b1);
     }
   }
 }
 
 // With multiply-adds a thread's sums are of rows g and g + 8 and of columns 2 t and 2 t + 1, so
 // that it goes over all 16 positions of the step; `at` is that of output 0.
-template <bool kWindows>
+template <bool kWindows, int kUnits>
 __device__ void multiply_floats(const GradStep& at, int place, bool first_of_window,
-                                const GradColumns& columns, float (&bias)[kGradFragments][2],
-                                GradSums& sums) {
+                                const GradColumns<kUnits>& columns,
+                                float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
   const int t = threadIdx.x % 4;
 #pragma unroll 1
   for (int output = 0; output < (kWindows ? 4 : kGradStep); ++output) {
     GradPair<float> grad[kGradFragments];
-    uint8_t code[kGradFragments][2];
+    uint16_t codes[kGradFragments];
 #pragma unroll
     for (int m = 0; m < kGradFragments; ++m) {
       grad[m] = load_pair<float>(at, output, m);
-      load_codes(at, output, m, code[m]);
-      if (first_of_window && output % 4 == t) add_bias_grads(grad[m], code[m], bias[m]);
+      codes[m] = load_codes(at, output, m);
+      if (first_of_window && output % 4 == t) add_bias_grads(grad[m], codes[m], bias[m]);
     }
 #pragma unroll 1
     for (int j = 0; j < (kWindows ? 4 : 1); ++j) {
@@ -310,10 +328,9 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
       for (int m = 0; m < kGradFragments; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          a[m][h] = code[m][h] == (kWindows ? place + j : 0) ? grad[m].e[h] : 0.0f;
+          a[m][h] = code_of(codes[m], h) == (kWindows ? place + j : 0) ? grad[m].e[h] : 0.0f;
 #pragma unroll
-      for (int u = 0; u < kGradUnits; ++u) {
-        if (u >= columns.units) break;
+      for (int u = 0; u < kUnits; ++u) {
         struct alignas(8) Pair {
           float e[2];
         };
@@ -330,46 +347,46 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
   }
 }
 
-template <typename Math, bool kWindows>
+template <typename Math, bool kWindows, int kUnits>
 __device__ void multiply_step(const GradStep& at, int place, bool first_of_window,
-                              const GradColumns& columns, float (&bias)[kGradFragments][2],
-                              GradSums& sums) {
+                              const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
+                              GradSums<kUnits>& sums) {
   if constexpr (!Layout<Math>::kMatrixUnit)
-    multiply_floats<kWindows>(at, place, first_of_window, columns, bias, sums);
+    multiply_floats<kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
   else if constexpr (sizeof(typename Math::Element) == 2)
-    multiply_halves<Math, kWindows>(at, place, first_of_window, columns, bias, sums);
+    multiply_halves<Math, kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
   else
-    multiply_tf32<Math, kWindows>(at, place, first_of_window, columns, bias, sums);
+    multiply_tf32<Math, kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
 }
 
 // ---- adding up
 
 // The sums of the warps that took turns, in the first of them; `room` has a place for each thread
 // of warps_n warps.
-__device__ inline void add_up_warps(const WeightGradPlan& p, int warp_k, int warp_n, float* room,
-                                    GradSums& sums) {
-  constexpr int kEach = kGradFragments * kGradUnits * 4;
+template <int kUnits>
+__device__ void add_up_warps(const WeightGradPlan& p, int warp_k, int warp_n, float* room,
+                             GradSums<kUnits>& sums) {
+  constexpr int kEach = kGradFragments * kUnits * 4;
   float* const own = room + warp_n * kEach * kWarpSize + threadIdx.x % kWarpSize;
   for (int turn = 1; turn < p.warps_k; ++turn) {
     __syncthreads();
     if (warp_k == turn)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
-        own[i * kWarpSize] = sums[i / 4 / kGradUnits][i / 4 % kGradUnits][i % 4];
+        own[i * kWarpSize] = sums[i / 4 / kUnits][i / 4 % kUnits][i % 4];
     __syncthreads();
     if (warp_k == 0)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
-        sums[i / 4 / kGradUnits][i / 4 % kGradUnits][i % 4] += own[i * kWarpSize];
+        sums[i / 4 / kUnits][i / 4 % kUnits][i % 4] += own[i * kWarpSize];
   }
   __syncthreads();
 }
 
 // The block's part of db, from the sums of the threads of warps with the first units.
 __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p, int warp_k,
-                                       int warp_n, int64_t k0,
-                                       const float (&bias)[kGradFragments][2], float* room,
-                                       float* to, int64_t elements) {
+                                       int warp_n, int k0, const float (&bias)[kGradFragments][2],
+                                       float* room, float* to, int64_t elements) {
   const int lane = threadIdx.x % kWarpSize;
   __syncthreads();
   if (warp_n == 0)
@@ -389,7 +406,7 @@ __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGrad
 // Grid: x has the parts of the boxes, y the output channels, 32 at a time, and the chunks of input
 // channels. partial [parts, K, taps x C + 1]. Shared memory: two patches, gradients and codes of
 // two boxes, positions; at the end room to add up.
-template <typename Math, bool kWindows>
+template <typename Math, bool kWindows, int kUnits>
 __global__ void __launch_bounds__(kGradThreads, 2)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
                        GradSource<typename Math::Element> source, float* partial) {
@@ -397,38 +414,36 @@ __global__ void __launch_bounds__(kGradThreads, 2)
   const GemmTile& t = p.tile;
   if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
-  const int row_bytes = grad_row_bytes(p.config);
   const int outputs = p.steps / p.window_steps * (kWindows ? 4 : kGradStep);
   unsigned char* const patches = shared;
   unsigned char* const grads = patches + 2 * t.patch_bytes;
-  unsigned char* const codes = grads + 2 * outputs * row_bytes;
+  unsigned char* const codes = grads + 2 * outputs * kGradRow<T>;
   int* const positions = reinterpret_cast<int*>(codes + 2 * outputs * kGradCodeBytes);
   const int chunk = blockIdx.y % t.chunks;
-  const int64_t k0 = static_cast<int64_t>(blockIdx.y / t.chunks) * kGradChannels;
+  const int k0 = static_cast<int>(blockIdx.y / t.chunks) * kGradChannels;
   const int warp = threadIdx.x / kWarpSize, warp_n = warp % p.warps_n, warp_k = warp / p.warps_n;
   const int lane = threadIdx.x % kWarpSize, first_unit = warp_n * p.each_n;
 
   fill_positions(s, p, positions);
-  GradColumns columns;
-  columns.units = p.units - first_unit < p.each_n ? p.units - first_unit : p.each_n;
+  GradColumns<kUnits> columns;
   constexpr bool kPairs = sizeof(T) == 2;
 #pragma unroll
-  for (int j = 0; j < (kPairs ? (kGradUnits + 1) / 2 : kGradUnits); ++j) {
+  for (int j = 0; j < (kPairs ? (kUnits + 1) / 2 : kUnits); ++j) {
     const int unit = first_unit + (kPairs ? 2 * j + lane / 16 : j);
-    columns.offset[j] = unit_offset(s, t, unit, sizeof(T), p.config.fold);
+    columns.offset[j] = unit_offset(s, p, unit, sizeof(T));
   }
 
   // Box by box: the next one is on its way while this one is multiplied.
   const int boxes = static_cast<int>(t.boxes), each = (boxes + gridDim.x - 1) / gridDim.x;
   const int first = blockIdx.x * each, last = first + each < boxes ? first + each : boxes;
-  GradSums sums = {};
+  GradSums<kUnits> sums = {};
   float bias[kGradFragments][2] = {};
 #pragma unroll 1
   for (int i = first - 1; i < last; ++i) {
     if (i + 1 < last) {
       const Box box = box_at(s, t, i + 1);
       const int slot = (i + 1 - first) % 2;
-      source.load_grads(s, t, box, k0, outputs, row_bytes, grads + slot * outputs * row_bytes);
+      source.load_grads(s, t, box, k0, outputs, grads + slot * outputs * kGradRow<T>);
       source.load_codes(s, t, box, k0, outputs, codes + slot * outputs * kGradCodeBytes);
       if (p.config.fold)
         input.load_folded(s, t, patches + slot * t.patch_bytes, box);
@@ -443,13 +458,14 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     const int own = Layout<Math>::kMatrixUnit ? lane % 4 : 0;  // output of a step
 #pragma unroll 1
     for (int step = warp_k; step < p.steps; step += p.warps_k) {
-      const int windows = kWindows ? step / p.window_steps : step;
+      const int windows = kWindows ? static_cast<int>(divide(step, p.by_window_steps)) : step;
       const int output = slot * outputs + windows * (kWindows ? 4 : kGradStep) + own;
       const int place = kWindows ? (step - windows * p.window_steps) * 4 : 0;
-      const GradStep at{grads + output * row_bytes + lane / 4 * 2 * static_cast<int>(sizeof(T)),
-                        codes + output * kGradCodeBytes + lane / 4 * 2, row_bytes,
+      const GradStep at{grads + output * kGradRow<T> + lane / 4 * 2 * static_cast<int>(sizeof(T)),
+                        codes + output * kGradCodeBytes + lane / 4 * 2,
                         positions + step * kGradStep, patches + slot * t.patch_bytes};
-      multiply_step<Math, kWindows>(at, place, warp_n == 0 && place == 0, columns, bias, sums);
+      multiply_step<Math, kWindows, kUnits>(at, place, warp_n == 0 && place == 0, columns, bias,
+                                            sums);
     }
     __syncthreads();
   }
@@ -463,12 +479,11 @@ __global__ void __launch_bounds__(kGradThreads, 2)
   add_up_warps(p, warp_k, warp_n, room, sums);
   if (warp_k != 0) return;
 #pragma unroll
-  for (int j = 0; j < kGradUnits; ++j)
+  for (int j = 0; j < kUnits; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (j >= columns.units) continue;
-      const int64_t element =
-          grad_element(s, t, first_unit + j, lane % 4 * 2 + e, chunk, sizeof(T), p.config.fold);
+      if (j >= p.each_n) continue;
+      const int64_t element = grad_element(s, p, first_unit + j, lane % 4 * 2 + e, chunk);
       if (element < 0) continue;
 #pragma unroll
       for (int m = 0; m < kGradFragments; ++m)
@@ -480,12 +495,12 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     }
 }
 
-template <typename Math, bool kWindows>
+template <typename Math, bool kWindows, int kUnits>
 void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                             const WeightGradPlan& plan, const BackwardTensors& t,
                             const Tensor& partial) {
   using Element = typename Math::Element;
-  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kWindows>,
+  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kWindows, kUnits>,
                      dim3(plan.splits, plan.channel_blocks * plan.tile.chunks), kGradThreads, s,
                      plan, input_source<Math>(const_view<Element>(t.input), s.C),
                      grad_source<Element>(s, const_view<Element>(t.grad_out), t.codes),
@@ -500,10 +515,18 @@ void launch_gemm_backward_weight(const Launcher& launch, const ConvBlockShape& s
   const Tensor partial =
       empty_flat({plan.splits, s.K, weight_grad_elements(s)}, ScalarType::Float, t.input);
   dispatch_arithmetic(a, [&](auto math) {
+    using Math = decltype(math);
+    const auto run = [&](auto windows, auto units) {
+      launch_backward_weight<Math, decltype(windows)::value, decltype(units)::value>(
+          launch, s, plan, t, partial);
+    };
+    using Few = std::integral_constant<int, kFewGradUnits>;
+    using Most = std::integral_constant<int, kGradUnits>;
+    const bool few = plan.each_n <= kFewGradUnits;
     if (s.window() > 1)
-      launch_backward_weight<decltype(math), true>(launch, s, plan, t, partial);
+      few ? run(std::true_type{}, Few{}) : run(std::true_type{}, Most{});
     else
-      launch_backward_weight<decltype(math), false>(launch, s, plan, t, partial);
+      few ? run(std::false_type{}, Few{}) : run(std::false_type{}, Most{});
   });
   launch_sum_chunks(launch, s, plan.splits, partial, t);
 }

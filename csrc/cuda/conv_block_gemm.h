@@ -120,8 +120,7 @@ void dispatch_arithmetic(Arithmetic a, const F& f) {
 
 // The box that a block works at: its first image and output, and the first pixel of its patch.
 struct Box {
-  int64_t n;
-  int out_h, out_w, conv_h, conv_w, h, w;
+  int n, out_h, out_w, conv_h, conv_w, h, w;
 };
 
 __device__ inline Box box_at(const ConvBlockShape& s, const GemmTile& t, unsigned i) {
@@ -129,7 +128,7 @@ __device__ inline Box box_at(const ConvBlockShape& s, const GemmTile& t, unsigne
   const unsigned boxes_w = t.boxes_w, boxes_h = t.boxes_h;
   b.out_w = static_cast<int>(i % boxes_w) * t.box_w;
   b.out_h = static_cast<int>(i / boxes_w % boxes_h) * t.box_h;
-  b.n = static_cast<int64_t>(i / boxes_w / boxes_h) * t.images;
+  b.n = static_cast<int>(i / boxes_w / boxes_h) * t.images;
   b.conv_h = b.out_h * static_cast<int>(s.pool_stride_h) - static_cast<int>(s.pool_pad_h);
   b.conv_w = b.out_w * static_cast<int>(s.pool_stride_w) - static_cast<int>(s.pool_pad_w);
   b.h = b.conv_h * static_cast<int>(s.stride_h) - static_cast<int>(s.pad_h);
@@ -191,10 +190,26 @@ __device__ void fill_table(const ConvBlockShape& s, const GemmTile& t, int* tabl
 
 // ---- loading
 
+// A tensor [N, C, H, W] of strides that 32 bits hold: every index takes one multiply-add.
+template <typename T>
+struct NarrowView {
+  T* data;
+  int n, c, h, w;
+  __device__ T* at(int in, int ic, int ih, int iw) const {
+    return data + (static_cast<int64_t>(in) * n + static_cast<int64_t>(ic) * c +
+                   static_cast<int64_t>(ih) * h + static_cast<int64_t>(iw) * w);
+  }
+};
+
+template <typename T>
+NarrowView<T> narrowed(const View4<T>& v) {
+  return {v.data, static_cast<int>(v.n), static_cast<int>(v.c), static_cast<int>(v.h),
+          static_cast<int>(v.w)};
+}
+
 // A pixel of the patch: where it lies in the tensor, and in the patch.
 struct PatchPixel {
-  int64_t n;
-  int h, w;
+  int n, h, w;
   bool inside;  // the tensor
   int x, at;    // column of the patch, bytes to its row
 };
@@ -205,7 +220,7 @@ __device__ inline PatchPixel patch_pixel(const ConvBlockShape& s, const GemmTile
   PatchPixel p;
   p.x = split(i, t.by_patch_w);
   const int y = split(i, t.by_patch_h);
-  p.n = box.n + i, p.h = box.h + y, p.w = box.w + p.x;
+  p.n = box.n + static_cast<int>(i), p.h = box.h + y, p.w = box.w + p.x;
   p.inside = p.n < s.N && p.h >= 0 && p.h < s.H && p.w >= 0 && p.w < s.W;
   p.at = static_cast<int>(i) * t.image_bytes + y * t.row_bytes;
   return p;
@@ -236,7 +251,7 @@ template <typename Math, int kChannels, typename Source>
 __device__ void load_folded_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
                                   unsigned char* patch, const Box& box) {
   using Element = typename Math::Element;
-  constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes > 16 ? 2 : 4;
+  constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes <= 16 ? 2 : 1;
   struct alignas(kBytes < 16 ? kBytes : 16) Pixel {
     Element e[kChannels];
   };
@@ -244,25 +259,26 @@ __device__ void load_folded_patch(const ConvBlockShape& s, const GemmTile& t, co
 #pragma unroll 1
   for (unsigned first = threadIdx.x; first < pixels; first += kAtOnce * blockDim.x) {
     Pixel values[kAtOnce];
-    int at[kAtOnce], x[kAtOnce];
+    int to[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const unsigned item = first + i * blockDim.x;
       const PatchPixel p = patch_pixel(s, t, box, item);
-      at[i] = p.at, x[i] = p.x;
+      to[i] = p.at + p.x * kBytes;
       const bool inside = p.inside && item < pixels;
-      const Element* from = source.x.at(inside ? p.n : 0, 0, inside ? p.h : 0, inside ? p.w : 0);
+      const Element* const from = inside ? source.x.at(p.n, 0, p.h, p.w) : nullptr;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c)
-        values[i].e[c] = inside && c < s.C ? from[c * source.x.c] : Math::rounded(0.0f);
+        values[i].e[c] =
+            inside && c < s.C ? from[static_cast<int64_t>(c) * source.x.c] : Math::rounded(0.0f);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i * blockDim.x >= pixels) break;
-      unsigned char* const row = patch + at[i];
-      *reinterpret_cast<Pixel*>(row + x[i] * kBytes) = values[i];
-      if (kBytes == 8 && x[i] > 0)
-        *reinterpret_cast<Pixel*>(row + t.copy_bytes + (x[i] - 1) * kBytes) = values[i];
+      *reinterpret_cast<Pixel*>(patch + to[i]) = values[i];
+      // Column x starts the run x - 1 of the other copy. That of column 0 is where nobody reads:
+      // the last one of the row before, or the room between the copies.
+      if (kBytes == 8) *reinterpret_cast<Pixel*>(patch + t.copy_bytes + to[i] - kBytes) = values[i];
     }
   }
 }
@@ -272,15 +288,15 @@ template <typename Math>
 struct InputSource {
   using Element = typename Math::Element;
   static constexpr bool kRounded = false;
-  View4<const Element> x;  // [N, C, H, W]
-  bool channels_inner;     // in memory
-  bool async;              // channels lie in aligned 16-byte vectors
+  NarrowView<const Element> x;  // [N, C, H, W]
+  bool channels_inner;          // in memory
+  bool async;                   // channels lie in aligned 16-byte vectors
 
   // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4).
   __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t c, int h,
                        int w, bool inside) const {
     inside = inside && c < s.C;
-    const Element* from = inside ? x.at(n, c, h, w) : x.data;
+    const Element* from = inside ? x.at(static_cast<int>(n), static_cast<int>(c), h, w) : x.data;
     if (async) return copy_async(to, from, !inside);
     Vector<Element> v;
 #pragma unroll
@@ -308,7 +324,7 @@ bool channels_are_vectors(const View4<T>& v, int64_t channels) {
 
 template <typename Math>
 InputSource<Math> input_source(const View4<const typename Math::Element>& x, int64_t C) {
-  return {x, x.c <= x.w, channels_are_vectors(x, C)};
+  return {narrowed(x), x.c <= x.w, channels_are_vectors(x, C)};
 }
 
 // The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.

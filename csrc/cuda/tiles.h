@@ -142,7 +142,7 @@ constexpr int64_t grad_step_units(const ConvBlockShape& s) { return s.window() =
 
 // An output's gradients in shared memory, and its winners' codes: four outputs, 8 lanes each, lie
 // in different banks.
-constexpr int grad_row_bytes(const GemmConfig& c) { return kGradChannels * c.element_bytes + 32; }
+constexpr int grad_row_bytes(int element_bytes) { return kGradChannels * element_bytes + 32; }
 constexpr int kGradCodeBytes = kGradChannels + 16;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -203,7 +203,8 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
     const int64_t units = round_up(t.units, grad_step_units(s));
     t.table_entries = kGradStep * units / grad_step_units(s) * grad_window_steps(s);
     t.shared_bytes =
-        2 * (patch_bytes + units * (grad_row_bytes(c) + kGradCodeBytes)) + 4 * t.table_entries;
+        2 * (patch_bytes + units * (grad_row_bytes(c.element_bytes) + kGradCodeBytes)) +
+        4 * t.table_entries;
     t.shared_bytes = std::max<int64_t>(t.shared_bytes, 4 * kWeightGradFloats);
   }
   t.by_unit_w = Divider(t.unit_w), t.by_unit_h = Divider(t.unit_h);
@@ -274,7 +275,7 @@ constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64
   return best;
 }
 
-// Sizes that the kernels hold in 32 bits, and no groups.
+// Sizes that the kernels hold in 32 bits, those of one image included, and no groups.
 constexpr bool gemm_serves(const ConvBlockShape& s) {
   constexpr int64_t kMost = 1 << 24;
   const int64_t sizes[] = {s.C,
@@ -292,6 +293,9 @@ constexpr bool gemm_serves(const ConvBlockShape& s) {
                            s.stride_w * s.pool_stride_w};
   for (int64_t size : sizes)
     if (size >= kMost) return false;
+  const int64_t images[] = {s.N, s.C * s.H * s.W, s.K * s.conv_h * s.conv_w};
+  for (int64_t size : images)
+    if (size > std::numeric_limits<int32_t>::max()) return false;
   return s.groups == 1 && !s.wide_winner();
 }
 
@@ -343,6 +347,7 @@ struct WeightGradPlan {
   int units, each_n, warps_n, warps_k;
   int steps, window_steps;  // of a full box; of a window
   int64_t channel_blocks, splits;
+  Divider by_window_steps, by_pool_w, by_taps, by_kernel_w, by_run_units;
   constexpr bool exists() const { return tile.units > 0; }
 };
 
@@ -364,6 +369,9 @@ constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a,
   p.each_n = ceil_div(p.units, p.warps_n);
   p.warps_k = p.config.warps / p.warps_n;
   p.steps = p.tile.table_entries / kGradStep, p.window_steps = grad_window_steps(s);
+  p.by_window_steps = Divider(p.window_steps), p.by_pool_w = Divider(s.pool_w);
+  p.by_taps = Divider(p.tile.taps), p.by_kernel_w = Divider(s.kernel_w);
+  p.by_run_units = Divider(p.units / p.tile.taps);
   const int64_t wanted = std::max<int64_t>(blocks / p.tile.chunks, 1);
   p.splits = ceil_div(p.tile.boxes, ceil_div(p.tile.boxes, wanted));
   return p;
