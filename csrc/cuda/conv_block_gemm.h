@@ -624,8 +624,12 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
   for (int stage = -1; stage < stages; ++stage) {
     if (stage + 1 < stages) {
       const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
-      load_patch<Math, kGather>(s, t, source, patches + (stage + 1) % 2 * t.patch_bytes, box,
-                                (stage + 1) % t.chunks);
+      unsigned char* const next = patches + (stage + 1) % 2 * t.patch_bytes;
+      const int chunk = (stage + 1) % t.chunks;
+      if constexpr (Source::kRounded)  // a gradient is expanded, window by window
+        source.load_patch(s, t, next, box, chunk);
+      else
+        load_patch<Math, kGather>(s, t, source, next, box, chunk);
     }
     copy_async_commit();
     if (stage < 0) continue;

@@ -6,7 +6,7 @@
 //   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
 //   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, and the functions below
+//   __umulhi, __byte_perm, __vcmpeq4, uint2, uint4, and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
