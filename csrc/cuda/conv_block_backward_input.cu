@@ -120,8 +120,7 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
   const int64_t last =
       (s.kernel_h - 1) * t.weight.stride(2) + (s.kernel_w - 1) * t.weight.stride(3);
   const char* data = static_cast<const char*>(t.weight.const_data_ptr());
-  const GemmWeight weight{data + last * (wide ? sizeof(float) : sizeof(Element)),
-                          wide,
+  const GemmWeight weight{{data + last * (wide ? sizeof(float) : sizeof(Element)), wide},
                           t.weight.stride(1),
                           t.weight.stride(0),
                           -t.weight.stride(2),
@@ -129,7 +128,7 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
   const auto out = mutable_view<Element>(t.grad_input);
   launch_gemm<Math, kTilesN, false>(
       launch, transposed(s), tile, grad_source<Math>(s, tile, t), weight, nullptr,
-      GemmOutput<Element>{out, Codes{nullptr, false}, channels_are_paired(out, s.C)});
+      GemmOutput<Element>{out, Codes{nullptr, false}, channels_are_paired(out, s.C)}, t.input);
 }
 
 template <typename Math>

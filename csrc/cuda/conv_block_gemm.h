@@ -259,11 +259,10 @@ InputSource<Math, kGather> input_source(const View4<const typename Math::Element
   return {x, x.c <= x.w, !kGather && channels_are_vectors(x, C)};
 }
 
-// The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
-struct GemmWeight {
+// Weight or bias: float, or of the input's type.
+struct GemmValues {
   const void* data;
   bool wide;  // float, whatever the input is
-  int64_t column, channel, tap_h, tap_w;
 
   template <typename T>
   __device__ float at(int64_t offset) const {
@@ -272,38 +271,51 @@ struct GemmWeight {
   }
 };
 
-// Rows of weights, [columns] with kGather, else [taps, columns]; zeros where there is nothing.
+// The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
+struct GemmWeight {
+  GemmValues values;
+  int64_t column, channel, tap_h, tap_w;
+};
+
+// Which of a block's columns row `row` of its weights is.
+__device__ inline int column_of_row(int row) { return row; }
+
+// The weights as shared memory has them, `to` [column blocks, chunks, rows, row bytes]: rows are
+// [columns] with kGather, else [taps, columns]; zeros where there is nothing. One thread per
+// element.
 template <typename Math, int kTilesN, bool kGather>
-__device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const GemmWeight& weight,
-                             unsigned char* to, int column0, int chunk) {
+__global__ void __launch_bounds__(kElementThreads)
+    pack_weights_kernel(ConvBlockShape s, GemmTile t, GemmWeight weight, typename Math::Element* to,
+                        int64_t elements) {
   using Element = typename Math::Element;
   constexpr int kColumns = 8 * kTilesN, kBytes = sizeof(Element);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  if (i >= elements) return;
+  const int depth = t.weight_row_bytes / kBytes, block_rows = t.weight_bytes / t.weight_row_bytes;
+  const int at = static_cast<int>(i % depth), row = static_cast<int>(i / depth % block_rows);
+  const unsigned block = static_cast<unsigned>(i / depth / block_rows), chunks = t.chunks;
   const int channels = kGather ? static_cast<int>(s.C) : t.channels;
-  const bool channels_inner = weight.channel < weight.column;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kColumns * channels; i += blockDim.x) {
-    const int inner = channels_inner ? channels : kColumns;
-    const int column = channels_inner ? i / inner : i % inner;
-    const int channel = channels_inner ? i % inner : i / inner;
-    const int64_t k = column0 + column, c = static_cast<int64_t>(chunk) * channels + channel;
-    const bool inside = k < s.K && c < s.C;
-    const int64_t first = inside ? k * weight.column + c * weight.channel : 0;
-    int64_t row = first;
-    unsigned char* at = to + column * t.weight_row_bytes + channel * kBytes;
-    const int tap_bytes = kGather ? channels * kBytes : kColumns * t.weight_row_bytes;
-#pragma unroll 1
-    for (int y = 0; y < s.kernel_h; ++y, row += weight.tap_h) {
-      int64_t offset = row;
-      for (int x = 0; x < s.kernel_w; ++x, offset += weight.tap_w, at += tap_bytes)
-        *reinterpret_cast<Element*>(at) = Math::rounded(inside ? weight.at<Element>(offset) : 0.0f);
-    }
-  }
-  if constexpr (kGather) {  // the padding of the sum
-    const int depth = t.depth_bytes / kBytes, used = t.taps * channels;
-    for (int i = threadIdx.x; i < kColumns * (depth - used); i += blockDim.x)
-      reinterpret_cast<Element*>(to + i % kColumns * t.weight_row_bytes)[used + i / kColumns] =
-          Math::rounded(0.0f);
-  }
+  const int tap = kGather ? at / channels : row / kColumns;
+  const int channel = kGather ? at % channels : at;
+  const int64_t k = static_cast<int64_t>(block / chunks) * kColumns + column_of_row(row % kColumns);
+  const int64_t c = static_cast<int64_t>(block % chunks) * channels + channel;
+  const int y = tap / static_cast<int>(s.kernel_w), x = tap % static_cast<int>(s.kernel_w);
+  float value = 0;
+  if (k < s.K && c < s.C && channel < channels && tap < t.taps)
+    value = weight.values.at<Element>(k * weight.column + c * weight.channel + y * weight.tap_h +
+                                      x * weight.tap_w);
+  to[i] = Math::rounded(value);
+}
+
+// The block's weights for a chunk of channels.
+__device__ inline void load_weights(const GemmTile& t, const unsigned char* packed,
+                                    unsigned char* to, int chunk) {
+  const unsigned char* from =
+      packed + (static_cast<int64_t>(blockIdx.y) * t.chunks + chunk) * t.weight_bytes;
+  const int bytes = static_cast<int>(t.weight_bytes);
+#pragma unroll 4
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+    copy_async(to + i, from + i, false);
 }
 
 // ---- multiplying
@@ -593,8 +605,8 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
 // to pool, bias, table.
 template <typename Math, int kTilesN, bool kGather, typename Source>
 __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
-    gemm_kernel(ConvBlockShape s, GemmTile t, Source source, GemmWeight weight, const void* bias,
-                GemmOutput<typename Math::Element> to) {
+    gemm_kernel(ConvBlockShape s, GemmTile t, Source source, const unsigned char* packed,
+                GemmValues bias, GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
   if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
@@ -607,21 +619,21 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 
   // 1. What stays the same for all boxes.
   fill_table<Math, kGather>(s, t, table);
-  for (int k = threadIdx.x; k < kColumns; k += blockDim.x) {
-    const bool inside = bias && column0 + k < s.K;
-    GemmWeight values = weight;
-    values.data = bias;
-    first[k] = inside ? values.at<typename Math::Element>(column0 + k) : 0.0f;
-  }
+  for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
+    first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
 
   // 2. In each stage the next patch is loaded while this one is multiplied, in the first one only
-  // loaded: the code for it is long, and is there once.
+  // loaded: the code for it is long, and is there once. Weights of several chunks are on their way
+  // meanwhile; a single chunk's stay.
   const int boxes = static_cast<int>(t.boxes);
   const int turns = (boxes - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
   const int stages = turns * t.chunks;
   float sums[kM][kTilesN][4];
 #pragma unroll 1
   for (int stage = -1; stage < stages; ++stage) {
+    if (stage < 0 || (stage > 0 && t.chunks > 1))
+      load_weights(t, packed, weights, stage < 0 ? 0 : stage % t.chunks);
+    copy_async_commit();
     if (stage + 1 < stages) {
       const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
       unsigned char* const next = patches + (stage + 1) % 2 * t.patch_bytes;
@@ -635,8 +647,6 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     if (stage < 0) continue;
 
     const int chunk = stage % t.chunks;
-    if (stage == 0 || t.chunks > 1)
-      load_weights<Math, kTilesN, kGather>(s, t, weight, weights, column0, chunk);
     copy_async_wait<1>();
     __syncthreads();
 
@@ -673,17 +683,25 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 
 // ---- launching
 
-// Persistent blocks: two per multiprocessor, as many as shared memory has room for.
+// Packs the weights, then persistent blocks: two per multiprocessor, as many as shared memory has
+// room for. The packed weights lie where `like` does.
 template <typename Math, int kTilesN, bool kGather, typename Source>
 void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile& t,
                  const Source& source, const GemmWeight& weight, const void* bias,
-                 const GemmOutput<typename Math::Element>& to) {
+                 const GemmOutput<typename Math::Element>& to, const Tensor& like) {
+  using Element = typename Math::Element;
   const int64_t columns = ceil_div(s.K, 8 * kTilesN);
+  const Tensor packed = empty_flat({columns * t.chunks * t.weight_bytes}, ScalarType::Byte, like);
+  const int64_t elements = packed.numel() / static_cast<int64_t>(sizeof(Element));
+  launch(pack_weights_kernel<Math, kTilesN, kGather>, dim3(element_blocks(elements)),
+         kElementThreads, s, t, weight, static_cast<Element*>(packed.mutable_data_ptr()), elements);
+
   const int64_t at_once = std::max<int64_t>(2 * launch.multiprocessors() / columns, 1);
   const int64_t turns = ceil_div(t.boxes, at_once);
   launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kGather, Source>,
                      dim3(ceil_div(t.boxes, turns), columns), Layout<Math>::kThreads, s, t, source,
-                     weight, bias, to);
+                     static_cast<const unsigned char*>(packed.const_data_ptr()),
+                     GemmValues{bias, weight.values.wide}, to);
 }
 
 // A tensor whose channels, two by two, lie in aligned words.
