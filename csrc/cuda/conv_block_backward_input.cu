@@ -125,10 +125,9 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
                           t.weight.stride(0),
                           -t.weight.stride(2),
                           -t.weight.stride(3)};
-  const auto out = mutable_view<Element>(t.grad_input);
   launch_gemm<Math, kTilesN, false>(
       launch, transposed(s), tile, grad_source<Math>(s, tile, t), weight, nullptr,
-      GemmOutput<Element>{out, Codes{nullptr, false}, channels_are_paired(out, s.C)}, t.input);
+      gemm_output<Element>(t.grad_input, Codes{nullptr, false}, s.C), t.input);
 }
 
 template <typename Math>

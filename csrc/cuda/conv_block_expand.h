@@ -73,7 +73,9 @@ struct MapGrad {
   __device__ void for_windows(int64_t n, int h, int w, const F& f) const {
     const auto rows = windows_over(h, pool_h, step_h, pad_h, out_h);
     const auto columns = windows_over(w, pool_w, step_w, pad_w, out_w);
+#pragma unroll 1  // one window most of the time
     for (int ph = rows.first; ph <= rows.last; ++ph)
+#pragma unroll 1
       for (int pw = columns.first; pw <= columns.last; ++pw)
         f(((n * out_h + ph) * out_w + pw) * K, ph, pw,
           (h - ph * step_h + pad_h) * pool_w + w - pw * step_w + pad_w);

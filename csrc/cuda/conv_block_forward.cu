@@ -16,10 +16,9 @@ void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmT
                           t.weight.stride(1),
                           t.weight.stride(2),
                           t.weight.stride(3)};
-  const auto out = mutable_view<Element>(t.out);
-  launch_gemm<Math, kTilesN, kGather>(
-      launch, s, tile, source, weight, t.bias ? t.bias->const_data_ptr() : nullptr,
-      GemmOutput<Element>{out, t.codes, channels_are_paired(out, s.K)}, t.input);
+  launch_gemm<Math, kTilesN, kGather>(launch, s, tile, source, weight,
+                                      t.bias ? t.bias->const_data_ptr() : nullptr,
+                                      gemm_output<Element>(t.out, t.codes, s.K), t.input);
 }
 
 template <typename Math>

@@ -277,8 +277,12 @@ struct GemmWeight {
   int64_t column, channel, tap_h, tap_w;
 };
 
-// Which of a block's columns row `row` of its weights is.
-__device__ inline int column_of_row(int row) { return row; }
+// Which of a block's output channels the product's column 8 n + 2 t + e is. Those of a thread, by
+// which they are stored, are 8 neighbours in 4 fragments.
+__device__ inline int channel_of_column(int column) {
+  const int n = column / 8, t = column % 8 / 2, e = column % 2;
+  return n / 4 * 32 + 8 * t + n % 4 * 2 + e;
+}
 
 // The weights as shared memory has them, `to` [column blocks, chunks, rows, row bytes]: rows are
 // [columns] with kGather, else [taps, columns]; zeros where there is nothing. One thread per
@@ -297,7 +301,8 @@ __global__ void __launch_bounds__(kElementThreads)
   const int channels = kGather ? static_cast<int>(s.C) : t.channels;
   const int tap = kGather ? at / channels : row / kColumns;
   const int channel = kGather ? at % channels : at;
-  const int64_t k = static_cast<int64_t>(block / chunks) * kColumns + column_of_row(row % kColumns);
+  const int64_t k =
+      static_cast<int64_t>(block / chunks) * kColumns + channel_of_column(row % kColumns);
   const int64_t c = static_cast<int64_t>(block % chunks) * channels + channel;
   const int y = tap / static_cast<int>(s.kernel_w), x = tap % static_cast<int>(s.kernel_w);
   float value = 0;
@@ -445,22 +450,25 @@ template <typename T>
 struct GemmOutput {
   View4<T> out;
   Codes codes;
-  bool paired;  // two neighbouring channels lie in one aligned word
+  bool vectors;  // eight neighbouring channels lie in aligned vectors
 };
 
 // The running maximum of a window by PyTorch's rule: the first in row-major order wins, but every
 // NaN takes over.
 struct Best {
   float value = 0;
-  int place = Codes::kNone;  // none seen yet
+  int place = Codes::kNone;
 
-  __device__ void offer(float v, int at) {
-    if (v > value || v != v || place == Codes::kNone) value = v, place = at;
+  // A position that may win; one that is the `first` to be seen does.
+  __device__ void offer(float v, int at, bool may, bool first) {
+    if (first || (may && (v > value || v != v))) value = v, place = at;
   }
   __device__ void close(bool relu) {
     if (relu && value <= 0) value = 0, place = Codes::kNone;
   }
 };
+
+constexpr int kRun = 8;  // neighbouring channels of a pixel, which a thread stores in one go
 
 // Where the outputs of one position lie, from channel k0 on.
 template <typename T>
@@ -476,28 +484,33 @@ struct OutputPixel {
         channels(static_cast<int>(s.K - k0)) {}
 };
 
-// Channels k0 + k and k0 + k + 1 of the pixel.
+// Channels k0 + k to k0 + k + 7 of the pixel.
 template <typename T>
-__device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to,
-                           const OutputPixel<T>& pixel, int k, Best (&best)[2]) {
+__device__ void store_run(const ConvBlockShape& s, const GemmOutput<T>& to,
+                          const OutputPixel<T>& pixel, int k, Best (&best)[kRun]) {
   if (k >= pixel.channels) return;
-  best[0].close(s.relu), best[1].close(s.relu);
-  T* out = pixel.out + k * to.out.c;
-  const int64_t code = pixel.code + k;
-  if (to.paired) {
-    struct alignas(2 * sizeof(T)) Pair {
-      T e[2];
-    };
-    *reinterpret_cast<Pair*>(out) = {
-        {static_cast<T>(best[0].value), static_cast<T>(best[1].value)}};
-    to.codes.set_pair(code, best[0].place, best[1].place);
-    return;
+#pragma unroll
+  for (Best& b : best) b.close(s.relu);
+  if (to.vectors) {
+    constexpr int kSize = Vector<T>::kSize;
+#pragma unroll
+    for (int i = 0; i < kRun; i += kSize) {
+      Vector<T> v;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) v.e[j] = static_cast<T>(best[i + j].value);
+      *reinterpret_cast<Vector<T>*>(pixel.out + k + i) = v;
+    }
+    int places[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) places[i] = best[i].place;
+    return to.codes.set_run(pixel.code + k, places);
   }
-  *out = static_cast<T>(best[0].value);
-  to.codes.set(code, best[0].place);
-  if (k + 1 >= pixel.channels) return;
-  out[to.out.c] = static_cast<T>(best[1].value);
-  to.codes.set(code + 1, best[1].place);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (k + i >= pixel.channels) return;
+    pixel.out[(k + i) * to.out.c] = static_cast<T>(best[i].value);
+    to.codes.set(pixel.code + k + i, best[i].place);
+  }
 }
 
 // Every row is an output.
@@ -516,13 +529,14 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
       const int h = box.out_h + u.y, w = box.out_w + u.x;
       if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
       const OutputPixel<T> pixel(s, to, n, k0, h, w);
-    // With pool padding the one position of a window may lie outside the map: never with a window
-    // of 1 x 1, whose padding is at most half of it.
+    // With pool padding the one position of a window may lie outside the map: never with a
+    // window of 1 x 1, whose padding is at most half of it.
 #pragma unroll
-      for (int tile = 0; tile < kTilesN; ++tile) {
-        Best best[2];
-        for (int e = 0; e < 2; ++e) best[e].offer(sums[m][tile][2 * half + e], 0);
-        store_pair(s, to, pixel, 8 * tile, best);
+      for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+        Best best[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) best[i] = {sums[m][tile + i / 2][2 * half + i % 2], 0};
+        store_run(s, to, pixel, 8 * tile, best);
       }
     }
 }
@@ -543,18 +557,27 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
     const OutputPixel<T> pixel(s, to, n, k0, h, w);
     const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
     const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
+    const bool rows[2] = {ch >= 0 && ch < s.conv_h, ch + 1 < s.conv_h};
+    const bool columns[2] = {cw >= 0 && cw < s.conv_w, cw + 1 < s.conv_w};
+    bool may[4], first[4], seen = false;  // the window's positions inside the map
 #pragma unroll
-    for (int tile = 0; tile < kTilesN; ++tile) {
-      Best best[2];
+    for (int place = 0; place < 4; ++place) {
+      may[place] = rows[place / 2] && columns[place % 2];
+      first[place] = !seen && may[place];
+      seen = seen || may[place];
+    }
 #pragma unroll
-      for (int place = 0; place < 4; ++place) {
-        const int y = ch + place / 2, x = cw + place % 2;
-        if (y < 0 || y >= s.conv_h || x < 0 || x >= s.conv_w) continue;
+    for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+      Best best[kRun];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          best[e].offer(sums[2 * group + place / 2][tile][2 * (place % 2) + e], place);
+      for (int i = 0; i < kRun; ++i) {
+        best[i] = {sums[2 * group][tile + i / 2][i % 2], 0};
+#pragma unroll
+        for (int place = 1; place < 4; ++place)
+          best[i].offer(sums[2 * group + place / 2][tile + i / 2][2 * (place % 2) + i % 2], place,
+                        may[place], first[place]);
       }
-      store_pair(s, to, pixel, 8 * tile, best);
+      store_run(s, to, pixel, 8 * tile, best);
     }
   }
 }
@@ -565,7 +588,7 @@ template <int kGroups, int kTilesN, typename T>
 __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
                              const Box& box, int64_t column0, float* map,
                              const float (&sums)[2 * kGroups][kTilesN][4]) {
-  constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1;
+  constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1, kRuns = kColumns / kRun;
   const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int m = 0; m < 2 * kGroups; ++m)
@@ -573,29 +596,32 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
     for (int tile = 0; tile < kTilesN; ++tile)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow + 8 * tile +
-            2 * (threadIdx.x % 4) + i % 2] = sums[m][tile][i];
+        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow +
+            channel_of_column(8 * tile + 2 * (threadIdx.x % 4) + i % 2)] = sums[m][tile][i];
   __syncthreads();
   const int outputs = t.images * t.box_h * t.box_w;
-  for (int i = threadIdx.x; i < outputs * kColumns / 2; i += blockDim.x) {
-    const int column = i % (kColumns / 2) * 2, index = i / (kColumns / 2);
+  for (int i = threadIdx.x; i < outputs * kRuns; i += blockDim.x) {
+    const int column = i % kRuns * kRun, index = i / kRuns;
     const int y = index / t.box_w % t.box_h, x = index % t.box_w, image = index / t.box_w / t.box_h;
     const int64_t n = box.n + image;
     const int h = box.out_h + y, w = box.out_w + x;
     if (n >= s.N || h >= s.out_h || w >= s.out_w) continue;
     const int dy = y * static_cast<int>(s.pool_stride_h),
               dx = x * static_cast<int>(s.pool_stride_w);
-    Best best[2];
+    Best best[kRun];
+    bool first = true;
     for (int py = 0; py < s.pool_h; ++py) {
       if (box.conv_h + dy + py < 0 || box.conv_h + dy + py >= s.conv_h) continue;
       for (int px = 0; px < s.pool_w; ++px) {
         if (box.conv_w + dx + px < 0 || box.conv_w + dx + px >= s.conv_w) continue;
-        const int row = (image * t.unit_h + dy + py) * t.unit_w + dx + px;
-        for (int e = 0; e < 2; ++e)
-          best[e].offer(map[row * kRow + column + e], py * static_cast<int>(s.pool_w) + px);
+        const float* row = map + ((image * t.unit_h + dy + py) * t.unit_w + dx + px) * kRow;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j)
+          best[j].offer(row[column + j], py * static_cast<int>(s.pool_w) + px, true, first);
+        first = false;
       }
     }
-    store_pair(s, to, OutputPixel<T>(s, to, n, column0 + column, h, w), 0, best);
+    store_run(s, to, OutputPixel<T>(s, to, n, column0 + column, h, w), 0, best);
   }
 }
 
@@ -651,13 +677,14 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     __syncthreads();
 
     // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
+    const float* const bias_of = first + kRun * (threadIdx.x % 4);
     if (chunk == 0)
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int m = 0; m < kM; ++m) sums[m][n][i] = first[8 * n + 2 * (threadIdx.x % 4) + i % 2];
+          for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
     const unsigned char* patch = patches + stage % 2 * t.patch_bytes;
     if constexpr (Layout<Math>::kMatrixUnit)
       multiply_matrices<Math, kTilesN, kGather, !Source::kRounded>(s, t, patch, weights, table,
@@ -668,8 +695,8 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {
       const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
-      const int64_t k0 = column0 + 2 * (threadIdx.x % 4);
-      if (t.pooling == Pooling::kNone)
+      const int64_t k0 = column0 + kRun * (threadIdx.x % 4);
+      if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
         store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
       else if (t.pooling == Pooling::kWindow)
         store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
@@ -704,11 +731,10 @@ void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile
                      GemmValues{bias, weight.values.wide}, to);
 }
 
-// A tensor whose channels, two by two, lie in aligned words.
 template <typename T>
-bool channels_are_paired(const View4<T>& v, int64_t channels) {
-  const bool even = (v.n | v.h | v.w | channels) % 2 == 0;
-  return v.c == 1 && even && reinterpret_cast<uintptr_t>(v.data) % (2 * sizeof(T)) == 0;
+GemmOutput<T> gemm_output(const Tensor& out, const Codes& codes, int64_t channels) {
+  const auto view = mutable_view<T>(out);
+  return {view, codes, channels % kRun == 0 && channels_are_vectors(view, channels)};
 }
 
 }  // namespace fastcls::cuda
