@@ -33,7 +33,7 @@ struct MapGrad {
       *reinterpret_cast<Vector*>(to) = v;
       return;
     }
-#pragma unroll 4  // as many loads at once as there are registers for
+#pragma unroll 1  // as many loads at once as there are registers for
     for (int i = 0; i < kSize; ++i) {
       const float sum = inside && k + i < K ? sum_windows(n, k + i, h, w) : 0.0f;
       if (totals) totals[i] += sum;

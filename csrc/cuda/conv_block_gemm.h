@@ -48,7 +48,6 @@ struct Bf16Math {
   using Element = BFloat16;
   static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
   __device__ static Element rounded(float x) { return static_cast<BFloat16>(x); }
-  __device__ static void round(uint32_t (&)[4]) {}
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(d, a, b0, b1);
   }
@@ -58,7 +57,6 @@ struct F16Math {
   using Element = Half;
   static constexpr Arithmetic kArithmetic = Arithmetic::kF16;
   __device__ static Element rounded(float x) { return static_cast<Half>(x); }
-  __device__ static void round(uint32_t (&)[4]) {}
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_f16(d, a, b0, b1);
   }
@@ -68,10 +66,6 @@ struct Tf32Math {
   using Element = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
   __device__ static Element rounded(float x) { return bits_as<float>(to_tf32(x)); }
-  // Of what was copied from memory as it is.
-  __device__ static void round(uint32_t (&a)[4]) {
-    for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_as<float>(a[i]));
-  }
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_tf32(d, a, b0, b1);
   }
@@ -342,53 +336,111 @@ __device__ uint32_t gathered_word(const unsigned char* row, const int* offsets) 
   }
 }
 
+// What was copied as it is becomes what the unit would read, once for all taps.
+template <typename Math>
+__device__ void round_patch(unsigned char* patch, int bytes) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) {
+    auto& four = *reinterpret_cast<Vector<float>*>(patch + i);
+    Vector<float> rounded = four;
+#pragma unroll
+    for (float& e : rounded.e) e = Math::rounded(e);
+    four = rounded;
+  }
+}
+
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
-// channels.
-template <typename Math, int kTilesN, bool kGather, bool kRound>
-__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
-                                  const unsigned char* patch, const unsigned char* weights,
-                                  const int* table,
-                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr int kM = 2 * Layout<Math>::kGroups, kPerWord = 4 / sizeof(typename Math::Element);
-  const int lane = threadIdx.x % kWarpSize, g = lane / 4, word = lane % 4;
+// channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another.
+template <typename Math, int kTilesN, int kSteps>
+__device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
+                              const unsigned char* patch, const unsigned char* weights,
+                              const int* table,
+                              float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps ? kSteps : 1;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
   // bytes.
-  const int half = lane / 8 % 2, piece = lane / 16;
-  int rows[kM][2];
+  const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
+  const unsigned char* rows[kM];
+#pragma unroll
   for (int m = 0; m < kM; ++m)
-    for (int h = 0; h < 2; ++h)
-      rows[m][h] = row_offset<Layout<Math>::kGroups, kGather>(s, t, m, kGather ? h : half,
-                                                              kGather ? g : lane % 8);
+    rows[m] =
+        patch + piece * 16 + row_offset<Layout<Math>::kGroups, false>(s, t, m, half, lane % 8);
   const int* tap_offsets = table + half * t.taps;
-  const unsigned char* b_row =
-      weights + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+  SharedAddress b_row =
+      shared_address(weights) + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
 
-  const int taps = kGather ? 1 : t.taps, tap_bytes = 8 * kTilesN * t.weight_row_bytes;
-  for (int tap = 0; tap < taps; ++tap, b_row += tap_bytes) {
-    const unsigned char* a_row = kGather ? patch : patch + tap_offsets[tap] + piece * 16;
-    for (int depth = 0; depth < t.depth_bytes; depth += 32) {
+  const int pair_bytes = 16 * t.weight_row_bytes, steps = kSteps ? kSteps : t.depth_bytes / 32;
+  int next = tap_offsets[0];
+#pragma unroll 1
+  for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
+    const int offset = next;
+    next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // early: all else waits for it
+#pragma unroll kUnrolled
+    for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        if constexpr (kGather) {
-          const int* offsets = table + depth / 4 * kPerWord + word * kPerWord;
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            a[m][i] = gathered_word<Math>(a_row + rows[m][i % 2], offsets + i / 2 * 4 * kPerWord);
-        } else {
-          load_matrices(a[m], a_row + rows[m][0] + depth);
-        }
-        if constexpr (kRound) Math::round(a[m]);
-      }
+      for (int m = 0; m < kM; ++m) load_matrices(a[m], rows[m] + offset + step * 32);
 #pragma unroll
       for (int n = 0; n < kTilesN; n += 2) {
         uint32_t b[4];
-        load_matrices(b, b_row + n * 8 * t.weight_row_bytes + depth);
+        load_matrices(b, b_row + n / 2 * pair_bytes + step * 32);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           Math::multiply(sums[m][n], a[m], b[0], b[1]);
           Math::multiply(sums[m][n + 1], a[m], b[2], b[3]);
         }
+      }
+    }
+  }
+}
+
+template <typename Math, int kTilesN>
+__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
+                                  const unsigned char* patch, const unsigned char* weights,
+                                  const int* table,
+                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  switch (t.depth_bytes) {
+    case 32:
+      return multiply_taps<Math, kTilesN, 1>(s, t, patch, weights, table, sums);
+    case 64:
+      return multiply_taps<Math, kTilesN, 2>(s, t, patch, weights, table, sums);
+    case 128:
+      return multiply_taps<Math, kTilesN, 4>(s, t, patch, weights, table, sums);
+    default:
+      return multiply_taps<Math, kTilesN, 0>(s, t, patch, weights, table, sums);
+  }
+}
+
+// The same with operands that lie scattered over the patch.
+template <typename Math, int kTilesN>
+__device__ void multiply_gathered(const ConvBlockShape& s, const GemmTile& t,
+                                  const unsigned char* patch, const unsigned char* weights,
+                                  const int* table,
+                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr int kM = 2 * Layout<Math>::kGroups, kPerWord = 4 / sizeof(typename Math::Element);
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, word = lane % 4;
+  int rows[kM][2];
+  for (int m = 0; m < kM; ++m)
+    for (int h = 0; h < 2; ++h) rows[m][h] = row_offset<Layout<Math>::kGroups, true>(s, t, m, h, g);
+  const unsigned char* b_row =
+      weights + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + lane / 8 % 2 * 16;
+
+  for (int depth = 0; depth < t.depth_bytes; depth += 32) {
+    uint32_t a[kM][4];
+    const int* offsets = table + depth / 4 * kPerWord + word * kPerWord;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[m][i] = gathered_word<Math>(patch + rows[m][i % 2], offsets + i / 2 * 4 * kPerWord);
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      uint32_t b[4];
+      load_matrices(b, b_row + n * 8 * t.weight_row_bytes + depth);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Math::multiply(sums[m][n], a[m], b[0], b[1]);
+        Math::multiply(sums[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }
@@ -673,8 +725,13 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     if (stage < 0) continue;
 
     const int chunk = stage % t.chunks;
+    unsigned char* const patch = patches + stage % 2 * t.patch_bytes;
     copy_async_wait<1>();
     __syncthreads();
+    if constexpr (Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded) {
+      round_patch<Math>(patch, t.patch_bytes);
+      __syncthreads();
+    }
 
     // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
     const float* const bias_of = first + kRun * (threadIdx.x % 4);
@@ -685,12 +742,12 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
         for (int i = 0; i < 4; ++i)
 #pragma unroll
           for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
-    const unsigned char* patch = patches + stage % 2 * t.patch_bytes;
-    if constexpr (Layout<Math>::kMatrixUnit)
-      multiply_matrices<Math, kTilesN, kGather, !Source::kRounded>(s, t, patch, weights, table,
-                                                                   sums);
-    else
+    if constexpr (!Layout<Math>::kMatrixUnit)
       multiply_floats<Math, kTilesN, kGather>(s, t, patch, weights, table, sums);
+    else if constexpr (kGather)
+      multiply_gathered<Math, kTilesN>(s, t, patch, weights, table, sums);
+    else
+      multiply_matrices<Math, kTilesN>(s, t, patch, weights, table, sums);
 
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {

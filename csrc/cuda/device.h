@@ -32,7 +32,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // Ends the kernel with an error.
 __device__ inline void trap() { asm volatile("trap;"); }
 
-__device__ inline unsigned shared_address(const void* pointer) {
+// A place in shared memory in half the registers of a pointer.
+using SharedAddress = unsigned;
+__device__ inline SharedAddress shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
@@ -41,11 +43,14 @@ __device__ inline unsigned shared_address(const void* pointer) {
 
 // Four such matrices in one go: lane i passes the address of row i % 8 of matrix i / 8, 16 bytes
 // aligned to 16.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  load_matrices(r, shared_address(row));
 }
 
 // The same for 16-bit elements, transposed: thread 4 g + t gets column g of rows 2 t and 2 t + 1.

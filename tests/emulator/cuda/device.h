@@ -106,6 +106,11 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void trap() { throw std::runtime_error("emulator: trap"); }
 
+using SharedAddress = const unsigned char*;
+inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(pointer);
+}
+
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   emulator::load_words(r, 4, row, false);
 }
