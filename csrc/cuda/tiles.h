@@ -221,7 +221,7 @@ constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   const int64_t all = c.gather ? s.C : round_up(s.C, c.step());
-  const int64_t reload = c.weight_grad ? 0 : c.matrix_unit ? 448 : 8;
+  const int64_t reload = c.weight_grad ? 0 : c.matrix_unit ? 96 : 8;
   for (int64_t channels = all; channels > 0;) {
     for (int64_t splits = 1; splits <= std::min<int64_t>(s.out_w, 16); ++splits) {
       const int64_t box_w = ceil_div(s.out_w, splits);
