@@ -52,11 +52,10 @@ GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s, const Ten
              : GemmPlan{};
 }
 
-// Expanding the gradient takes the registers that more columns would need.
 GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
                              std::optional<Arithmetic> a) {
   return a && s.stride_h == 1 && s.stride_w == 1
-             ? gemm_plan(transposed(s), *a, false, 32, launch.arch(), launch.max_shared_bytes())
+             ? gemm_plan(transposed(s), *a, false, 64, launch.arch(), launch.max_shared_bytes())
              : GemmPlan{};
 }
 

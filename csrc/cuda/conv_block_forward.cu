@@ -11,13 +11,14 @@ void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmT
   using Element = typename Math::Element;
   const auto x = const_view<Element>(t.input);
   const auto source = input_source<Math>(x, s.C);
-  const GemmWeight weight{t.weight.const_data_ptr(), t.weight.scalar_type() == ScalarType::Float,
-                          t.weight.stride(0),        t.weight.stride(1),
-                          t.weight.stride(2),        t.weight.stride(3)};
-  const auto out = mutable_view<Element>(t.out);
-  launch_gemm<Math, kTilesN, kFold>(
-      launch, s, tile, source, weight, t.bias ? t.bias->const_data_ptr() : nullptr,
-      GemmOutput<Element>{out, t.codes, channels_are_paired(out, s.K)});
+  const GemmWeight weight{{t.weight.const_data_ptr(), t.weight.scalar_type() == ScalarType::Float},
+                          t.weight.stride(0),
+                          t.weight.stride(1),
+                          t.weight.stride(2),
+                          t.weight.stride(3)};
+  launch_gemm<Math, kTilesN, kFold>(launch, s, tile, source, weight,
+                                    t.bias ? t.bias->const_data_ptr() : nullptr,
+                                    gemm_output<Element>(t.out, t.codes, s.K), t.input);
 }
 
 template <typename Math>

@@ -48,7 +48,6 @@ struct Bf16Math {
   using Element = BFloat16;
   static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
   __device__ static Element rounded(float x) { return static_cast<BFloat16>(x); }
-  __device__ static void round(uint32_t (&)[4]) {}
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_bf16(d, a, b0, b1);
   }
@@ -58,7 +57,6 @@ struct F16Math {
   using Element = Half;
   static constexpr Arithmetic kArithmetic = Arithmetic::kF16;
   __device__ static Element rounded(float x) { return static_cast<Half>(x); }
-  __device__ static void round(uint32_t (&)[4]) {}
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_f16(d, a, b0, b1);
   }
@@ -68,10 +66,6 @@ struct Tf32Math {
   using Element = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
   __device__ static Element rounded(float x) { return bits_as<float>(to_tf32(x)); }
-  // Of what was copied from memory as it is.
-  __device__ static void round(uint32_t (&a)[4]) {
-    for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_as<float>(a[i]));
-  }
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_tf32(d, a, b0, b1);
   }
@@ -327,11 +321,10 @@ InputSource<Math> input_source(const View4<const typename Math::Element>& x, int
   return {narrowed(x), x.c <= x.w, channels_are_vectors(x, C)};
 }
 
-// The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
-struct GemmWeight {
+// Weight or bias: float, or of the input's type.
+struct GemmValues {
   const void* data;
   bool wide;  // float, whatever the input is
-  int64_t column, channel, tap_h, tap_w;
 
   template <typename T>
   __device__ float at(int64_t offset) const {
@@ -340,82 +333,116 @@ struct GemmWeight {
   }
 };
 
-// Rows of weights, [taps, columns]; zeros where there is nothing.
+// The weight seen as [columns, channels, kernel_h, kernel_w], with its strides.
+struct GemmWeight {
+  GemmValues values;
+  int64_t column, channel, tap_h, tap_w;
+};
+
+// Which of a block's output channels the product's column 8 n + 2 t + e is. Those of a thread, by
+// which they are stored, are 8 neighbours in 4 fragments.
+__device__ inline int channel_of_column(int column) {
+  const int n = column / 8, t = column % 8 / 2, e = column % 2;
+  return n / 4 * 32 + 8 * t + n % 4 * 2 + e;
+}
+
+// The weights as shared memory has them, `to` [column blocks, chunks, rows, row bytes]: rows are
+// [taps, columns]; zeros where there is nothing. One thread per element.
 template <typename Math, int kTilesN, bool kFold>
-__device__ void load_weights(const ConvBlockShape& s, const GemmTile& t, const GemmWeight& weight,
-                             unsigned char* to, int column0, int chunk) {
+__global__ void __launch_bounds__(kElementThreads)
+    pack_weights_kernel(ConvBlockShape s, GemmTile t, GemmWeight weight, typename Math::Element* to,
+                        int64_t elements) {
   using Element = typename Math::Element;
   constexpr int kColumns = 8 * kTilesN, kBytes = sizeof(Element);
-  const int channels = t.channels, tap_bytes = kColumns * t.weight_row_bytes;
-  const int step_x = kFold ? channels * kBytes : tap_bytes;
-  const int step_y = kFold ? tap_bytes : static_cast<int>(s.kernel_w) * tap_bytes;
-  const bool channels_inner = weight.channel < weight.column;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kColumns * channels; i += blockDim.x) {
-    const int inner = channels_inner ? channels : kColumns;
-    const int column = channels_inner ? i / inner : i % inner;
-    const int channel = channels_inner ? i % inner : i / inner;
-    const int64_t k = column0 + column, c = static_cast<int64_t>(chunk) * channels + channel;
-    const bool inside = k < s.K && c < s.C;
-    const int64_t first = inside ? k * weight.column + c * weight.channel : 0;
-    unsigned char* const at = to + column * t.weight_row_bytes + channel * kBytes;
-#pragma unroll 1
-    for (int y = 0; y < s.kernel_h; ++y)
-      for (int x = 0; x < s.kernel_w; ++x)
-        *reinterpret_cast<Element*>(at + y * step_y + x * step_x) = Math::rounded(
-            inside ? weight.at<Element>(first + y * weight.tap_h + x * weight.tap_w) : 0.0f);
-  }
-  if constexpr (kFold) {  // the padding of the runs
-    const int used = static_cast<int>(s.kernel_w) * channels, rest = t.depth_bytes / kBytes - used;
-    for (int i = threadIdx.x; i < t.taps * kColumns * rest; i += blockDim.x)
-      reinterpret_cast<Element*>(to + i / rest * t.weight_row_bytes)[used + i % rest] =
-          Math::rounded(0.0f);
-  }
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  if (i >= elements) return;
+  const int depth = t.weight_row_bytes / kBytes, block_rows = t.weight_bytes / t.weight_row_bytes;
+  const int at = static_cast<int>(i % depth), row = static_cast<int>(i / depth % block_rows);
+  const unsigned block = static_cast<unsigned>(i / depth / block_rows), chunks = t.chunks;
+  const int64_t k =
+      static_cast<int64_t>(block / chunks) * kColumns + channel_of_column(row % kColumns);
+  const int tap = row / kColumns, kernel_w = static_cast<int>(s.kernel_w);
+  const int y = kFold ? tap : tap / kernel_w, x = kFold ? at / t.channels : tap % kernel_w;
+  const int channel = kFold ? at % t.channels : at;
+  const int64_t c = static_cast<int64_t>(block % chunks) * t.channels + channel;
+  float value = 0;
+  if (k < s.K && c < s.C && channel < t.channels && x < kernel_w)
+    value = weight.values.at<Element>(k * weight.column + c * weight.channel + y * weight.tap_h +
+                                      x * weight.tap_w);
+  to[i] = Math::rounded(value);
+}
+
+// The block's weights for a chunk of channels.
+__device__ inline void load_weights(const GemmTile& t, const unsigned char* packed,
+                                    unsigned char* to, int chunk) {
+  const unsigned char* from =
+      packed + (static_cast<int64_t>(blockIdx.y) * t.chunks + chunk) * t.weight_bytes;
+  const int bytes = static_cast<int>(t.weight_bytes);
+#pragma unroll 4
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+    copy_async(to + i, from + i, false);
 }
 
 // ---- multiplying
 
+// What was copied as it is becomes what the unit would read, once for all taps.
+template <typename Math>
+__device__ void round_patch(unsigned char* patch, int bytes) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) {
+    auto& four = *reinterpret_cast<Vector<float>*>(patch + i);
+    Vector<float> rounded = four;
+#pragma unroll
+    for (float& e : rounded.e) e = Math::rounded(e);
+    four = rounded;
+  }
+}
+
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
-// channels.
-template <typename Math, int kTilesN, bool kFold, bool kRound>
-__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
-                                  const unsigned char* patch, const unsigned char* weights,
-                                  const int* table,
-                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr int kM = 2 * Layout<Math>::kGroups;
-  const int lane = threadIdx.x % kWarpSize;
+// channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another.
+template <typename Math, int kTilesN, bool kFold, int kSteps>
+__device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
+                              const unsigned char* patch, const unsigned char* weights,
+                              const int* table,
+                              float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps ? kSteps : 1;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
   // bytes.
-  const int half = lane / 8 % 2, piece = lane / 16;
-  int rows[kM];
+  const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
+  const unsigned char* rows[kM];
+#pragma unroll
   for (int m = 0; m < kM; ++m)
-    rows[m] = row_offset<Layout<Math>::kGroups, kFold>(s, t, m, half, lane % 8) + piece * 16;
+    rows[m] =
+        patch + piece * 16 + row_offset<Layout<Math>::kGroups, kFold>(s, t, m, half, lane % 8);
   const int* tap_offsets = table + half * t.taps;
-  const unsigned char* b_row =
-      weights + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+  SharedAddress b_row =
+      shared_address(weights) + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+
+  const int pair_bytes = 16 * t.weight_row_bytes, steps = kSteps ? kSteps : t.depth_bytes / 32;
   // Beyond a run's end lie other pixels, whose NaN no weight of zero makes harmless.
   const int run_words = static_cast<int>(s.kernel_w) * t.pixel_bytes % 32 / 4;
   const bool cut_left = kFold && run_words > 0 && lane % 4 >= run_words;
   const bool cut_right = kFold && run_words > 0 && lane % 4 + 4 >= run_words;
-
-  const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
-  for (int tap = 0; tap < t.taps; ++tap, b_row += tap_bytes) {
-    const unsigned char* a_row = patch + tap_offsets[tap];
-    for (int depth = 0; depth < t.depth_bytes; depth += 32) {
+  int next = tap_offsets[0];
+#pragma unroll 1
+  for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
+    const int offset = next;
+    next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // early: all else waits for it
+#pragma unroll kUnrolled
+    for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        load_matrices(a[m], a_row + rows[m] + depth);
-        if (kFold && depth + 32 == t.depth_bytes) {
+        load_matrices(a[m], rows[m] + offset + step * 32);
+        if (kFold && step == steps - 1) {
           if (cut_left) a[m][0] = a[m][1] = 0;
           if (cut_right) a[m][2] = a[m][3] = 0;
         }
-        if constexpr (kRound) Math::round(a[m]);
       }
 #pragma unroll
       for (int n = 0; n < kTilesN; n += 2) {
         uint32_t b[4];
-        load_matrices(b, b_row + n * 8 * t.weight_row_bytes + depth);
+        load_matrices(b, b_row + n / 2 * pair_bytes + step * 32);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           Math::multiply(sums[m][n], a[m], b[0], b[1]);
@@ -423,6 +450,23 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
         }
       }
     }
+  }
+}
+
+template <typename Math, int kTilesN, bool kFold>
+__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
+                                  const unsigned char* patch, const unsigned char* weights,
+                                  const int* table,
+                                  float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  switch (t.depth_bytes) {
+    case 32:
+      return multiply_taps<Math, kTilesN, kFold, 1>(s, t, patch, weights, table, sums);
+    case 64:
+      return multiply_taps<Math, kTilesN, kFold, 2>(s, t, patch, weights, table, sums);
+    case 128:
+      return multiply_taps<Math, kTilesN, kFold, 4>(s, t, patch, weights, table, sums);
+    default:
+      return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, sums);
   }
 }
 
@@ -474,22 +518,25 @@ template <typename T>
 struct GemmOutput {
   View4<T> out;
   Codes codes;
-  bool paired;  // two neighbouring channels lie in one aligned word
+  bool vectors;  // eight neighbouring channels lie in aligned vectors
 };
 
 // The running maximum of a window by PyTorch's rule: the first in row-major order wins, but every
 // NaN takes over.
 struct Best {
   float value = 0;
-  int place = Codes::kNone;  // none seen yet
+  int place = Codes::kNone;
 
-  __device__ void offer(float v, int at) {
-    if (v > value || v != v || place == Codes::kNone) value = v, place = at;
+  // A position that may win; one that is the `first` to be seen does.
+  __device__ void offer(float v, int at, bool may, bool first) {
+    if (first || (may && (v > value || v != v))) value = v, place = at;
   }
   __device__ void close(bool relu) {
     if (relu && value <= 0) value = 0, place = Codes::kNone;
   }
 };
+
+constexpr int kRun = 8;  // neighbouring channels of a pixel, which a thread stores in one go
 
 // Where the outputs of one position lie, from channel k0 on.
 template <typename T>
@@ -505,28 +552,33 @@ struct OutputPixel {
         channels(static_cast<int>(s.K - k0)) {}
 };
 
-// Channels k0 + k and k0 + k + 1 of the pixel.
+// Channels k0 + k to k0 + k + 7 of the pixel.
 template <typename T>
-__device__ void store_pair(const ConvBlockShape& s, const GemmOutput<T>& to,
-                           const OutputPixel<T>& pixel, int k, Best (&best)[2]) {
+__device__ void store_run(const ConvBlockShape& s, const GemmOutput<T>& to,
+                          const OutputPixel<T>& pixel, int k, Best (&best)[kRun]) {
   if (k >= pixel.channels) return;
-  best[0].close(s.relu), best[1].close(s.relu);
-  T* out = pixel.out + k * to.out.c;
-  const int64_t code = pixel.code + k;
-  if (to.paired) {
-    struct alignas(2 * sizeof(T)) Pair {
-      T e[2];
-    };
-    *reinterpret_cast<Pair*>(out) = {
-        {static_cast<T>(best[0].value), static_cast<T>(best[1].value)}};
-    to.codes.set_pair(code, best[0].place, best[1].place);
-    return;
+#pragma unroll
+  for (Best& b : best) b.close(s.relu);
+  if (to.vectors) {
+    constexpr int kSize = Vector<T>::kSize;
+#pragma unroll
+    for (int i = 0; i < kRun; i += kSize) {
+      Vector<T> v;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) v.e[j] = static_cast<T>(best[i + j].value);
+      *reinterpret_cast<Vector<T>*>(pixel.out + k + i) = v;
+    }
+    int places[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) places[i] = best[i].place;
+    return to.codes.set_run(pixel.code + k, places);
   }
-  *out = static_cast<T>(best[0].value);
-  to.codes.set(code, best[0].place);
-  if (k + 1 >= pixel.channels) return;
-  out[to.out.c] = static_cast<T>(best[1].value);
-  to.codes.set(code + 1, best[1].place);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (k + i >= pixel.channels) return;
+    pixel.out[(k + i) * to.out.c] = static_cast<T>(best[i].value);
+    to.codes.set(pixel.code + k + i, best[i].place);
+  }
 }
 
 // Every row is an output.
@@ -545,13 +597,14 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
       const int h = box.out_h + u.y, w = box.out_w + u.x;
       if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
       const OutputPixel<T> pixel(s, to, n, k0, h, w);
-    // With pool padding the one position of a window may lie outside the map: never with a window
-    // of 1 x 1, whose padding is at most half of it.
+    // With pool padding the one position of a window may lie outside the map: never with a
+    // window of 1 x 1, whose padding is at most half of it.
 #pragma unroll
-      for (int tile = 0; tile < kTilesN; ++tile) {
-        Best best[2];
-        for (int e = 0; e < 2; ++e) best[e].offer(sums[m][tile][2 * half + e], 0);
-        store_pair(s, to, pixel, 8 * tile, best);
+      for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+        Best best[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) best[i] = {sums[m][tile + i / 2][2 * half + i % 2], 0};
+        store_run(s, to, pixel, 8 * tile, best);
       }
     }
 }
@@ -572,18 +625,27 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
     const OutputPixel<T> pixel(s, to, n, k0, h, w);
     const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
     const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
+    const bool rows[2] = {ch >= 0 && ch < s.conv_h, ch + 1 < s.conv_h};
+    const bool columns[2] = {cw >= 0 && cw < s.conv_w, cw + 1 < s.conv_w};
+    bool may[4], first[4], seen = false;  // the window's positions inside the map
 #pragma unroll
-    for (int tile = 0; tile < kTilesN; ++tile) {
-      Best best[2];
+    for (int place = 0; place < 4; ++place) {
+      may[place] = rows[place / 2] && columns[place % 2];
+      first[place] = !seen && may[place];
+      seen = seen || may[place];
+    }
 #pragma unroll
-      for (int place = 0; place < 4; ++place) {
-        const int y = ch + place / 2, x = cw + place % 2;
-        if (y < 0 || y >= s.conv_h || x < 0 || x >= s.conv_w) continue;
+    for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+      Best best[kRun];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          best[e].offer(sums[2 * group + place / 2][tile][2 * (place % 2) + e], place);
+      for (int i = 0; i < kRun; ++i) {
+        best[i] = {sums[2 * group][tile + i / 2][i % 2], 0};
+#pragma unroll
+        for (int place = 1; place < 4; ++place)
+          best[i].offer(sums[2 * group + place / 2][tile + i / 2][2 * (place % 2) + i % 2], place,
+                        may[place], first[place]);
       }
-      store_pair(s, to, pixel, 8 * tile, best);
+      store_run(s, to, pixel, 8 * tile, best);
     }
   }
 }
@@ -594,7 +656,7 @@ template <int kGroups, int kTilesN, typename T>
 __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
                              const Box& box, int64_t column0, float* map,
                              const float (&sums)[2 * kGroups][kTilesN][4]) {
-  constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1;
+  constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1, kRuns = kColumns / kRun;
   const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int m = 0; m < 2 * kGroups; ++m)
@@ -602,29 +664,32 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
     for (int tile = 0; tile < kTilesN; ++tile)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow + 8 * tile +
-            2 * (threadIdx.x % 4) + i % 2] = sums[m][tile][i];
+        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow +
+            channel_of_column(8 * tile + 2 * (threadIdx.x % 4) + i % 2)] = sums[m][tile][i];
   __syncthreads();
   const int outputs = t.images * t.box_h * t.box_w;
-  for (int i = threadIdx.x; i < outputs * kColumns / 2; i += blockDim.x) {
-    const int column = i % (kColumns / 2) * 2, index = i / (kColumns / 2);
+  for (int i = threadIdx.x; i < outputs * kRuns; i += blockDim.x) {
+    const int column = i % kRuns * kRun, index = i / kRuns;
     const int y = index / t.box_w % t.box_h, x = index % t.box_w, image = index / t.box_w / t.box_h;
     const int64_t n = box.n + image;
     const int h = box.out_h + y, w = box.out_w + x;
     if (n >= s.N || h >= s.out_h || w >= s.out_w) continue;
     const int dy = y * static_cast<int>(s.pool_stride_h),
               dx = x * static_cast<int>(s.pool_stride_w);
-    Best best[2];
+    Best best[kRun];
+    bool first = true;
     for (int py = 0; py < s.pool_h; ++py) {
       if (box.conv_h + dy + py < 0 || box.conv_h + dy + py >= s.conv_h) continue;
       for (int px = 0; px < s.pool_w; ++px) {
         if (box.conv_w + dx + px < 0 || box.conv_w + dx + px >= s.conv_w) continue;
-        const int row = (image * t.unit_h + dy + py) * t.unit_w + dx + px;
-        for (int e = 0; e < 2; ++e)
-          best[e].offer(map[row * kRow + column + e], py * static_cast<int>(s.pool_w) + px);
+        const float* row = map + ((image * t.unit_h + dy + py) * t.unit_w + dx + px) * kRow;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j)
+          best[j].offer(row[column + j], py * static_cast<int>(s.pool_w) + px, true, first);
+        first = false;
       }
     }
-    store_pair(s, to, OutputPixel<T>(s, to, n, column0 + column, h, w), 0, best);
+    store_run(s, to, OutputPixel<T>(s, to, n, column0 + column, h, w), 0, best);
   }
 }
 
@@ -634,8 +699,8 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
 // to pool, bias, table.
 template <typename Math, int kTilesN, bool kFold, typename Source>
 __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
-    gemm_kernel(ConvBlockShape s, GemmTile t, Source source, GemmWeight weight, const void* bias,
-                GemmOutput<typename Math::Element> to) {
+    gemm_kernel(ConvBlockShape s, GemmTile t, Source source, const unsigned char* packed,
+                GemmValues bias, GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
   if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
@@ -648,57 +713,63 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 
   // 1. What stays the same for all boxes.
   fill_table<kFold>(s, t, table);
-  for (int k = threadIdx.x; k < kColumns; k += blockDim.x) {
-    const bool inside = bias && column0 + k < s.K;
-    GemmWeight values = weight;
-    values.data = bias;
-    first[k] = inside ? values.at<typename Math::Element>(column0 + k) : 0.0f;
-  }
+  for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
+    first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
 
   // 2. In each stage the next patch is loaded while this one is multiplied, in the first one only
-  // loaded: the code for it is long, and is there once.
+  // loaded: the code for it is long, and is there once. Weights of several chunks are on their way
+  // meanwhile; a single chunk's stay.
   const int boxes = static_cast<int>(t.boxes);
   const int turns = (boxes - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
   const int stages = turns * t.chunks;
   float sums[kM][kTilesN][4];
 #pragma unroll 1
   for (int stage = -1; stage < stages; ++stage) {
+    if (stage < 0 || (stage > 0 && t.chunks > 1))
+      load_weights(t, packed, weights, stage < 0 ? 0 : stage % t.chunks);
+    copy_async_commit();
     if (stage + 1 < stages) {
       const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
-      unsigned char* const to = patches + (stage + 1) % 2 * t.patch_bytes;
-      if constexpr (kFold)
-        source.load_folded(s, t, to, box);
+      unsigned char* const next = patches + (stage + 1) % 2 * t.patch_bytes;
+      const int chunk = (stage + 1) % t.chunks;
+      if constexpr (Source::kRounded)  // a gradient is expanded, window by window
+        source.load_patch(s, t, next, box, chunk);
+      else if constexpr (kFold)
+        source.load_folded(s, t, next, box);
       else
-        load_patch<Math>(s, t, source, to, box, (stage + 1) % t.chunks);
+        load_patch<Math>(s, t, source, next, box, chunk);
     }
     copy_async_commit();
     if (stage < 0) continue;
 
     const int chunk = stage % t.chunks;
-    if (stage == 0 || t.chunks > 1)
-      load_weights<Math, kTilesN, kFold>(s, t, weight, weights, column0, chunk);
+    unsigned char* const patch = patches + stage % 2 * t.patch_bytes;
     copy_async_wait<1>();
     __syncthreads();
+    if constexpr (Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded) {
+      round_patch<Math>(patch, t.patch_bytes);
+      __syncthreads();
+    }
 
     // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
+    const float* const bias_of = first + kRun * (threadIdx.x % 4);
     if (chunk == 0)
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int m = 0; m < kM; ++m) sums[m][n][i] = first[8 * n + 2 * (threadIdx.x % 4) + i % 2];
-    const unsigned char* patch = patches + stage % 2 * t.patch_bytes;
-    if constexpr (Layout<Math>::kMatrixUnit)
-      multiply_matrices<Math, kTilesN, kFold, !Source::kRounded>(s, t, patch, weights, table, sums);
-    else
+          for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
+    if constexpr (!Layout<Math>::kMatrixUnit)
       multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+    else
+      multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
 
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {
       const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
-      const int64_t k0 = column0 + 2 * (threadIdx.x % 4);
-      if (t.pooling == Pooling::kNone)
+      const int64_t k0 = column0 + kRun * (threadIdx.x % 4);
+      if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
         store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
       else if (t.pooling == Pooling::kWindow)
         store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
@@ -712,24 +783,31 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 
 // ---- launching
 
-// Persistent blocks: two per multiprocessor, as many as shared memory has room for.
+// Packs the weights, then persistent blocks: two per multiprocessor, as many as shared memory has
+// room for. The packed weights lie where `like` does.
 template <typename Math, int kTilesN, bool kFold, typename Source>
 void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile& t,
                  const Source& source, const GemmWeight& weight, const void* bias,
-                 const GemmOutput<typename Math::Element>& to) {
+                 const GemmOutput<typename Math::Element>& to, const Tensor& like) {
+  using Element = typename Math::Element;
   const int64_t columns = ceil_div(s.K, 8 * kTilesN);
+  const Tensor packed = empty_flat({columns * t.chunks * t.weight_bytes}, ScalarType::Byte, like);
+  const int64_t elements = packed.numel() / static_cast<int64_t>(sizeof(Element));
+  launch(pack_weights_kernel<Math, kTilesN, kFold>, dim3(element_blocks(elements)), kElementThreads,
+         s, t, weight, static_cast<Element*>(packed.mutable_data_ptr()), elements);
+
   const int64_t at_once = std::max<int64_t>(2 * launch.multiprocessors() / columns, 1);
   const int64_t turns = ceil_div(t.boxes, at_once);
   launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kFold, Source>,
                      dim3(ceil_div(t.boxes, turns), columns), Layout<Math>::kThreads, s, t, source,
-                     weight, bias, to);
+                     static_cast<const unsigned char*>(packed.const_data_ptr()),
+                     GemmValues{bias, weight.values.wide}, to);
 }
 
-// A tensor whose channels, two by two, lie in aligned words.
 template <typename T>
-bool channels_are_paired(const View4<T>& v, int64_t channels) {
-  const bool even = (v.n | v.h | v.w | channels) % 2 == 0;
-  return v.c == 1 && even && reinterpret_cast<uintptr_t>(v.data) % (2 * sizeof(T)) == 0;
+GemmOutput<T> gemm_output(const Tensor& out, const Codes& codes, int64_t channels) {
+  const auto view = mutable_view<T>(out);
+  return {view, codes, channels % kRun == 0 && channels_are_vectors(view, channels)};
 }
 
 }  // namespace fastcls::cuda

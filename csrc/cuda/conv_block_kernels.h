@@ -27,11 +27,14 @@ struct Codes {
     else
       static_cast<uint8_t*>(data)[index] = narrow(code);
   }
-  // Of an even index and the next, where the codes are narrow.
-  __device__ void set_pair(int64_t index, int first, int second) const {
-    if (data)
-      *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(data) + index) =
-          static_cast<uint16_t>(narrow(first) | narrow(second) << 8);
+  // Eight from a multiple of eight on, where the codes are narrow.
+  __device__ void set_run(int64_t index, const int (&codes)[8]) const {
+    struct alignas(8) Run {
+      uint8_t e[8];
+    } run;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) run.e[i] = narrow(codes[i]);
+    if (data) *reinterpret_cast<Run*>(static_cast<uint8_t*>(data) + index) = run;
   }
 
  private:
@@ -40,7 +43,8 @@ struct Codes {
     return code == kShut<Win> ? kNone : code;
   }
   __device__ static uint8_t narrow(int code) {
-    return code == kNone ? kShut<uint8_t> : static_cast<uint8_t>(code);
+    static_assert(static_cast<uint8_t>(kNone) == kShut<uint8_t>);
+    return static_cast<uint8_t>(code);
   }
 };
 

@@ -6,7 +6,7 @@
 //   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
 //   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, and the functions below
+//   __umulhi, __byte_perm, __vcmpeq4, uint2, uint4, and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
@@ -39,7 +39,9 @@ __device__ inline uint32_t shift_left(uint32_t value, uint32_t bits) {
   return shifted;
 }
 
-__device__ inline unsigned shared_address(const void* pointer) {
+// A place in shared memory in half the registers of a pointer.
+using SharedAddress = unsigned;
+__device__ inline SharedAddress shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
@@ -48,11 +50,14 @@ __device__ inline unsigned shared_address(const void* pointer) {
 
 // Four such matrices in one go: lane i passes the address of row i % 8 of matrix i / 8, 16 bytes
 // aligned to 16.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  load_matrices(r, shared_address(row));
 }
 
 // The same for 16-bit elements, transposed: thread 4 g + t gets column g of rows 2 t and 2 t + 1.

@@ -246,15 +246,14 @@ constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
 
 // The tile with the least work over all boxes; units = 0 where none fits. Work is counted in rows
 // of the product: those of the box, useful or not; a pixel of the patch, which is loaded once for
-// all taps, as half a row; and the block's weights where they have to be loaded anew for each box:
-// they take some 7 instructions per element and thread, as long as 448 rows on the matrix unit, or
-// 8 rows of multiply-adds. For dW it is the work of one of `blocks` blocks, with 64 rows for the
-// start of a box.
+// all taps, as half a row; and the block's weights where they have to be copied anew for each box,
+// as long as 96 rows on the matrix unit, or 8 rows of multiply-adds. For dW it is the work of one
+// of `blocks` blocks, with 64 rows for the start of a box.
 constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared,
                              int64_t blocks = 0) {
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
-  const int64_t reload = c.matrix_unit ? 448 : 8;
+  const int64_t reload = c.matrix_unit ? 96 : 8;
   for (int64_t channels = pixel_channels(s, c); channels > 0;) {
     const int64_t share =
         c.weight_grad ? std::max<int64_t>(blocks / ceil_div(s.C, channels), 1) : 1;

@@ -107,6 +107,10 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 inline void trap() { throw std::runtime_error("emulator: trap"); }
 
 inline uint32_t shift_left(uint32_t value, uint32_t bits) { return bits < 32 ? value << bits : 0; }
+using SharedAddress = const unsigned char*;
+inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(pointer);
+}
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   emulator::load_words(r, 4, row, false);
@@ -157,6 +161,29 @@ void copy_async_wait() {
 }
 
 }  // namespace fastcls::cuda
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+// Byte i of the result is the one of (a, b)'s eight that digit i of `selector` names.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+// 0xff for every byte of a that is equal to b's, else 0.
+inline unsigned __vcmpeq4(unsigned a, unsigned b) {
+  unsigned result = 0;
+  for (unsigned byte = 0xff; byte; byte <<= 8)
+    if (((a ^ b) & byte) == 0) result |= byte;
+  return result;
+}
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 
