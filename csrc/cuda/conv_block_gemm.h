@@ -513,7 +513,8 @@ struct Best {
 
   // A position that may win; one that is the `first` to be seen does.
   __device__ void offer(float v, int at, bool may, bool first) {
-    if (first || (may && (v > value || v != v))) value = v, place = at;
+    const bool wins = first | (may & ((v > value) | (v != v)));  // no branches
+    value = wins ? v : value, place = wins ? at : place;
   }
   __device__ void close(bool relu) {
     if (relu && value <= 0) value = 0, place = Codes::kNone;
