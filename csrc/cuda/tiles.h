@@ -207,6 +207,10 @@ constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig&
   int64_t images = 1;
   if (box_h == s.out_h && box_w == s.out_w) {
     images = std::max<int64_t>(1, std::min<int64_t>(s.N, c.rows() / (box_h * box_w)));
+    // Rather fewer of them than to leave multiprocessors of the largest devices without a box.
+    constexpr int64_t kBlocks = 264;
+    if (!c.weight_grad)
+      images = std::clamp<int64_t>(ceil_div(s.N * ceil_div(s.K, c.columns), kBlocks), 1, images);
     while (!fits(gemm_tile_of(s, c, channels, images, box_h, box_w))) --images;
   }
   return gemm_tile_of(s, c, channels, images, box_h, box_w);
