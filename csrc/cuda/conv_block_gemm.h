@@ -150,11 +150,20 @@ __device__ inline int column_offset(const GemmTile& t, int x) {
   return (phase * t.run + static_cast<int>(column)) * t.pixel_bytes;
 }
 
+// A warp's place among those that share out the rows. With fewer units than rows the last places
+// are idle: the two blocks of a multiprocessor, most likely one of either half of the grid, leave
+// other quarters of it idle.
+__device__ inline int row_warp() {
+  const unsigned block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
+  const unsigned first = 2 * block < blocks ? 0 : 2 * kWarpSize;  // blockDim is a power of 2
+  return static_cast<int>(((threadIdx.x + first) & (blockDim.x - 1)) / kWarpSize);
+}
+
 // Where row (m, h) of lane group g has its first tap in the patch. Rows beyond the last unit read
 // the last one's pixels: their sums are not stored.
 template <int kGroups, bool kFold>
 __device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int m, int h, int g) {
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = row_warp();
   int index = (warp * kGroups * 2 + m) * 16 + h * 8 + g, below = 0, right = 0;
   if (t.pooling == Pooling::kWindow) {
     index = (warp * kGroups + m / 2) * 8 + g;
@@ -529,7 +538,8 @@ struct Best {
 
   // A position that may win; one that is the `first` to be seen does.
   __device__ void offer(float v, int at, bool may, bool first) {
-    if (first || (may && (v > value || v != v))) value = v, place = at;
+    const bool wins = first | (may & ((v > value) | (v != v)));  // no branches
+    value = wins ? v : value, place = wins ? at : place;
   }
   __device__ void close(bool relu) {
     if (relu && value <= 0) value = 0, place = Codes::kNone;
@@ -586,7 +596,7 @@ template <int kGroups, int kTilesN, typename T>
 __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
                               const Box& box, int64_t k0,
                               const float (&sums)[2 * kGroups][kTilesN][4]) {
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+  const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int m = 0; m < 2 * kGroups; ++m)
 #pragma unroll
@@ -614,7 +624,7 @@ template <int kGroups, int kTilesN, typename T>
 __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
                               const Box& box, int64_t k0,
                               const float (&sums)[2 * kGroups][kTilesN][4]) {
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+  const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int index = (warp * kGroups + group) * 8 + g;
@@ -657,7 +667,7 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
                              const Box& box, int64_t column0, float* map,
                              const float (&sums)[2 * kGroups][kTilesN][4]) {
   constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1, kRuns = kColumns / kRun;
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4;
+  const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int m = 0; m < 2 * kGroups; ++m)
 #pragma unroll
@@ -760,10 +770,13 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
         for (int i = 0; i < 4; ++i)
 #pragma unroll
           for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
-    if constexpr (!Layout<Math>::kMatrixUnit)
-      multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
-    else
-      multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+    const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
+    if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
+      if constexpr (!Layout<Math>::kMatrixUnit)
+        multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+      else
+        multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+    }
 
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {

@@ -215,6 +215,10 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   return t;
 }
 
+// Two blocks for each multiprocessor of the largest devices. The number depends on the shape alone,
+// so that sums are the same on every device.
+constexpr int64_t kGemmBlocks = 264;
+
 // The largest box of this width that fits, as many images as there is room for, at most
 // `most_images`; units = 0: none.
 constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig& c,
@@ -248,16 +252,17 @@ constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
 // of the product: those of the box, useful or not; a pixel of the patch, which is loaded once for
 // all taps, as half a row; and the block's weights where they have to be copied anew for each box,
 // as long as 96 rows on the matrix unit, or 8 rows of multiply-adds. For dW it is the work of one
-// of `blocks` blocks, with 64 rows for the start of a box.
+// block, with 64 rows for the start of a box. `blocks` share the boxes.
 constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared,
-                             int64_t blocks = 0) {
+                             int64_t blocks) {
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   const int64_t reload = c.matrix_unit ? 96 : 8;
   for (int64_t channels = pixel_channels(s, c); channels > 0;) {
     const int64_t share =
-        c.weight_grad ? std::max<int64_t>(blocks / ceil_div(s.C, channels), 1) : 1;
-    const int64_t most_images = c.weight_grad ? ceil_div(s.N, share) : s.N;
+        std::max<int64_t>(blocks / (c.weight_grad ? ceil_div(s.C, channels) : 1), 1);
+    // Rather fewer of them than to leave multiprocessors without a box.
+    const int64_t most_images = ceil_div(s.N, share);
     for (int64_t splits = 1; splits <= std::min<int64_t>(s.out_w, 16); ++splits) {
       const int64_t box_w = ceil_div(s.out_w, splits);
       const GemmTile t = gemm_tile_of_width(s, c, channels, box_w, most_images, max_shared);
@@ -318,7 +323,7 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, i
       if (columns > most_columns || (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)))
         continue;
       const GemmConfig c = gemm_config(a, fold, columns);
-      const GemmTile t = gemm_tile(s, c, shared);
+      const GemmTile t = gemm_tile(s, c, shared, kGemmBlocks / ceil_div(s.K, columns));
       if (t.units > 0 && t.boxes * t.chunks < std::numeric_limits<int32_t>::max()) return {c, t};
     }
   return {};
@@ -353,14 +358,12 @@ struct WeightGradPlan {
 constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a, bool fold,
                                           int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s) || s.N == 0 || s.window() > kMostGradPlaces) return {};
-  // Two blocks for each multiprocessor of the largest devices. The number depends on the shape
-  // alone, so that the sums are the same on every device.
-  constexpr int64_t kBlocks = 264, kShared = 99 << 10;
+  constexpr int64_t kShared = 99 << 10;
   WeightGradPlan p{};
   p.config = gemm_config(a, fold, kGradChannels);
   p.config.warps = 8, p.config.groups = 4, p.config.weight_grad = true;
   p.channel_blocks = ceil_div(s.K, kGradChannels);
-  const int64_t blocks = std::max<int64_t>(kBlocks / p.channel_blocks, 1);
+  const int64_t blocks = std::max<int64_t>(kGemmBlocks / p.channel_blocks, 1);
   p.tile = gemm_tile(s, p.config, std::min(max_shared, kShared), blocks);
   if (!p.exists() || p.tile.boxes >= std::numeric_limits<int32_t>::max()) return {};
   p.units = grad_units(p.tile, p.config);
