@@ -6,7 +6,7 @@
 //   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
 //   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, and the functions below
+//   __umulhi, fmaxf, uint2, uint4, atomicInc, __threadfence, and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
@@ -35,6 +35,16 @@ __device__ inline void trap() { asm volatile("trap;"); }
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
+
+// 2^x to some 2^-22, results below 2^-126 as 0.
+__device__ inline float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
 // ---- Matrix fragments. In a warp, thread 4 g + t holds of an 8 x 8 matrix of 16-bit elements, or
 // of 8 rows of four 32-bit ones, the 32-bit word t of row g.

@@ -21,6 +21,11 @@ class Launcher {
     emulator::run(grid, threads, [&] { kernel(args...); }, shared_bytes);
   }
 
+  unsigned* counter() const {
+    static unsigned counter = 0;
+    return &counter;
+  }
+
   // A small device with matrix units: few multiprocessors, so that blocks get several turns.
   int arch() const { return 80; }
   int multiprocessors() const { return 2; }
