@@ -47,10 +47,11 @@ int general_group(const RowLayout& layout) {
   return layout.C <= 64 * kWarpSize ? kWarpSize : kThreads;
 }
 
-// Threads to a row of so many vectors: up to 4 vectors a thread in a warp, 8 in the blocks.
+// Threads to a row of so many vectors: up to 4 a thread, and 512 threads for all above that.
 int rows_group(int64_t vectors) {
-  if (vectors <= 4 * kWarpSize) return kWarpSize;
-  return vectors <= 8 * 128 ? 128 : 512;
+  for (int group : {32, 128, 256})
+    if (vectors <= kBatch * group) return group;
+  return 512;
 }
 
 Path path_of(const RowLayout& layout, const CrossEntropyShape& s, ScalarType type, bool weighted,
@@ -58,7 +59,8 @@ Path path_of(const RowLayout& layout, const CrossEntropyShape& s, ScalarType typ
   const bool plain_rows = layout.dims <= 1 && layout.class_stride[kInput] == 1;
   if (type == ScalarType::Double || s.prob || !plain_rows || (weighted && smoothing > 0))
     return Path::kGeneral;
-  if (layout.C < 1 || layout.C > (1 << 30)) return Path::kGeneral;
+  constexpr int64_t kMost = 1 << 30;  // rows and classes are counted in ints
+  if (layout.C < 1 || layout.C > kMost || layout.rows > kMost) return Path::kGeneral;
   return layout.C <= kMostFewClasses ? Path::kFew : Path::kRows;
 }
 
@@ -212,11 +214,12 @@ void launch_backward(const Call& call, const std::optional<Tensor>& grad_loss, c
                       piece_bytes(layout, call.input, &grad), save, scale, to);
         });
       if (path == Path::kRows)
-        return dispatch_int<32, 128, 512>(rows_group(layout.C * sizeof(T) / 16), [&](auto group) {
-          constexpr int kGroup = decltype(group)::value, kBlock = kRowsThreads<kGroup>;
-          call.launch(rows_backward_kernel<T, kGroup>, dim3(blocks_for(rows, kBlock / kGroup)),
-                      kBlock, problem, save, scale, to);
-        });
+        return dispatch_int<32, 128, 256, 512>(
+            rows_group(layout.C * sizeof(T) / 16), [&](auto group) {
+              constexpr int kGroup = decltype(group)::value, kBlock = kRowsThreads<kGroup>;
+              call.launch(rows_backward_kernel<T, kGroup>, dim3(blocks_for(rows, kBlock / kGroup)),
+                          kBlock, problem, save, scale, to);
+            });
     }
     const int group = general_group(layout);
     const int64_t chunk = rows_per_block(rows, kThreads / group);
@@ -244,7 +247,7 @@ ForwardTile forward_tile(const Call& call, const RowLayout& layout, const Tensor
   } else if (tile.path == Path::kRows) {
     const int64_t vectors = layout.C * call.input.element_size() / 16;
     tile.grad = grad && aligned_alike(layout, call.input, *grad);
-    tile.group = tile.grad && vectors > 8 * 512 ? kLongGroup : rows_group(vectors);
+    tile.group = tile.grad && vectors > 16 * 512 ? 1024 : rows_group(vectors);
     at_once = tile.group == kWarpSize ? kRowsThreads<kWarpSize> / kWarpSize : 1;
   } else {
     tile.group = general_group(layout);
@@ -269,10 +272,11 @@ void launch_forward(const Call& call, const ForwardTile& tile, const Problem<T, 
     }
     if (tile.path == Path::kRows)
       return dispatch_bool(out.hits || problem.spread > 0, [&](auto extras) {
-        dispatch_int<32, 128, 512>(tile.group, [&](auto group) {
+        dispatch_int<32, 128, 256, 512>(tile.group, [&](auto group) {
           constexpr int kGroup = decltype(group)::value;
           call.launch(rows_forward_kernel<T, kGroup, decltype(extras)::value, false>, blocks,
-                      kRowsThreads<kGroup>, problem, tile.chunk, out, GradientOutput<T>{});
+                      kRowsThreads<kGroup>, problem, static_cast<int>(tile.chunk), out,
+                      GradientOutput<T>{});
         });
       });
   }
@@ -297,16 +301,16 @@ void launch_forward_with_grad(const Call& call, const ForwardTile& tile,
     call.launch(count_kernel<T>, dim3(parts), kCountThreads, problem,
                 data_if<double>(weights, true));
   dispatch_bool(out.hits || problem.spread > 0, [&](auto extras) {
-    dispatch_int<32, 128, 512, kLongGroup>(tile.group, [&](auto group) {
+    dispatch_int<32, 128, 256, 512, 1024>(tile.group, [&](auto group) {
       constexpr int kGroup = decltype(group)::value;
       constexpr int kBlock = kRowsThreads<kGroup>, kSlot = kBlock * 16;
       const int64_t vectors = problem.layout.C * sizeof(T) / 16;
-      const int64_t left = std::max<int64_t>(vectors - kKeptVectors<kGroup> * kGroup, 0);
+      const int64_t left = std::max<int64_t>(vectors - kBatch * kGroup, 0);
       output.stash = static_cast<int>(std::min<int64_t>(
           blocks_for(left, kGroup), (call.launch.max_shared_bytes() - 8192) / kSlot));
-      call.launch.with_shared(output.stash * kSlot,
-                              rows_forward_kernel<T, kGroup, decltype(extras)::value, true>,
-                              dim3(tile.blocks), kBlock, problem, tile.chunk, out, output);
+      call.launch.with_shared(
+          output.stash * kSlot, rows_forward_kernel<T, kGroup, decltype(extras)::value, true>,
+          dim3(tile.blocks), kBlock, problem, static_cast<int>(tile.chunk), out, output);
     });
   });
 }

@@ -8,7 +8,7 @@
 //
 //   rows_forward_kernel     loss and what is saved; with kWithGrad the gradient too, from the same
 //   read:
-//                           a thread keeps its first vectors in registers and the next ones in
+//                           a thread keeps its first batch in registers and the next ones in
 //                           shared memory. Of what fits neither, the last part of the longest rows,
 //                           the second read finds most in the second-level cache, as it starts
 //                           with what was read last.
@@ -29,12 +29,6 @@ constexpr int kRowsThreads = kGroup < 128 ? 128 : kGroup;
 // With 1024 threads to a multiprocessor each has 64 registers.
 template <int kGroup>
 constexpr int kRowsBlocks = 1024 / kRowsThreads<kGroup>;
-
-// Threads to a row of any length. Shorter rows whose gradient is written along with the loss are
-// held in registers by fewer threads, which leaves other blocks something to do meanwhile.
-constexpr int kLongGroup = 1024;
-template <int kGroup>
-constexpr int kKeptVectors = kGroup == 128 || kGroup == 512 ? 8 : kBatch;
 
 // ---- a row as vectors
 
@@ -96,7 +90,7 @@ __device__ void load_batch(const uint4* from, int first, int vectors, uint4 (&ba
 // ---- the forward pass
 
 template <typename T, int kGroup, bool kExtras, int kCount>
-__device__ void add_batch(const uint4 (&batch)[kCount], const VectorRow<T>& row, int first,
+__device__ void add_batch(uint4 (&batch)[kCount], const VectorRow<T>& row, int first,
                           Softmax<T>* softmax, RowExtras* extras) {
   float x[kPerVector<T>], top = -kInfinity<float>;
 #pragma unroll
@@ -111,6 +105,7 @@ __device__ void add_batch(const uint4 (&batch)[kCount], const VectorRow<T>& row,
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     if (first + j * kGroup >= row.vectors) continue;
+    forget(batch[j]);
     unpack<T>(batch[j], x);
     float sum = 0;  // apart, so that vectors do not wait for each other
 #pragma unroll
@@ -178,12 +173,14 @@ __device__ uint4 gradient_of(const uint4& vector, int first_class, int y,
 }
 
 template <typename T, int kGroup, int kCount>
-__device__ void store_gradients(const uint4 (&batch)[kCount], const VectorRow<T>& row, int first,
-                                int y, const RowGradient<T>& gradient, uint4* to) {
+__device__ void store_gradients(uint4 (&batch)[kCount], const VectorRow<T>& row, int first, int y,
+                                const RowGradient<T>& gradient, uint4* to) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     const int i = first + j * kGroup;
-    if (i < row.vectors) to[i] = gradient_of(batch[j], row.class_of_vector(i), y, gradient);
+    if (i >= row.vectors) continue;
+    forget(batch[j]);
+    to[i] = gradient_of(batch[j], row.class_of_vector(i), y, gradient);
   }
 }
 
@@ -214,40 +211,41 @@ struct GradientOutput {
 
 template <typename T, int kGroup, bool kExtras, bool kWithGrad>
 __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
-    rows_forward_kernel(Problem<T, float> problem, int64_t rows_per_block, Outputs<T, float> out,
+    rows_forward_kernel(Problem<T, float> problem, int rows_per_block, Outputs<T, float> out,
                         GradientOutput<T> output) {
-  constexpr int kBlockThreads = kRowsThreads<kGroup>;
-  constexpr int kKept = kWithGrad ? kKeptVectors<kGroup> : kBatch;
-  constexpr bool kMayBeLonger = !kWithGrad || kGroup == kLongGroup;
+  constexpr int kBlockThreads = kRowsThreads<kGroup>, kGroups = kBlockThreads / kGroup;
   DYNAMIC_SHARED(shared);
   uint4* const stash = reinterpret_cast<uint4*>(shared) + threadIdx.x;
   const RowLayout& layout = problem.layout;
-  const int C = static_cast<int>(layout.C), lane = threadIdx.x % kGroup;
+  const int lane = threadIdx.x % kGroup, rows = static_cast<int>(layout.rows);
   const float scale = kWithGrad ? output.scale() : 1.f;
-  Sums sums;
-  int turn = 0;
-  for (int64_t r = threadIdx.x / kGroup; r < rows_per_block; r += kBlockThreads / kGroup, ++turn) {
-    const int64_t n = static_cast<int64_t>(blockIdx.x) * rows_per_block + r;
-    if (n >= layout.rows) break;  // the same for all threads of the row, and of the barriers
+  // Of lane 0, in memory: registers are what decides how much a multiprocessor reads at a time.
+  SHARED_ARRAY(double, of_group, 3 * kGroups);
+  double* const sums = of_group + threadIdx.x / kGroup * 3;
+  if (lane == 0) sums[0] = sums[1] = sums[2] = 0;
+  const int first_row = blockIdx.x * rows_per_block + threadIdx.x / kGroup;
+  for (int turn = 0; turn < rows_per_block / kGroups; ++turn) {
+    const int n = first_row + turn * kGroups;
+    if (n >= rows) break;  // the same for all threads of the row, and of the barriers
     const TargetClass<float> target = problem.target_class(n);
     const T* x = problem.x + n * layout.row_stride(kInput);
     T* grad = kWithGrad ? output.grad + n * layout.row_stride(kGrad) : nullptr;
-    const VectorRow<T> row(x, C);
+    const VectorRow<T> row(x, static_cast<int>(layout.C));
     if (target.ignored) {  // without reading it
       if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, grad);
       if (lane == 0) {
-        out.save_row(n, layout.rows, 0.f, 0.f);
+        out.save_row(n, rows, 0.f, 0.f);
         if (out.each) out.set_loss(n, 0.f);
       }
       continue;
     }
     const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
-    const int rest = lane + kKept * kGroup;  // first vector of this thread that is not kept
+    const int rest = lane + kBatch * kGroup;  // first vector of this thread that is not kept
 
     // 1. Maximum and sum of exponentials.
     Softmax<T> softmax;
     RowExtras extras;
-    uint4 kept[kKept], batch[kBatch];
+    uint4 kept[kBatch], batch[kBatch];
     load_batch<kGroup>(from, lane, row.vectors, kept);
     const bool at_edge = lane < row.edges;
     const int edge_class = row.class_of_edge(lane);
@@ -259,7 +257,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     if (at_edge) softmax.sum = exp_of<T>(edge - softmax.base());
     if (kExtras && at_edge) extras.add(edge, edge_class);
     add_batch<T, kGroup, kExtras>(kept, row, lane, &softmax, &extras);
-    for (int i = rest; kMayBeLonger && i < row.vectors; i += kBatch * kGroup) {
+    for (int i = rest; i < row.vectors; i += kBatch * kGroup) {
       load_batch<kGroup>(from, i, row.vectors, batch);
       if constexpr (kWithGrad) {
         const int slot = (i - rest) / kGroup;
@@ -275,10 +273,10 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     const float log_sum = std::log(softmax.sum);
     if (lane == 0) {
       const float loss = row_loss(problem, target, softmax.m, log_sum, extras);
-      out.save_row(n, layout.rows, softmax.m, log_sum);
+      out.save_row(n, rows, softmax.m, log_sum);
       if (out.each) out.set_loss(n, loss);
-      sums.loss += loss, sums.weight += target.weight;
-      sums.hits += target.valid && !extras.beaten;
+      sums[0] += loss, sums[1] += target.weight;
+      sums[2] += target.valid && !extras.beaten;
     }
 
     // 3. Its gradient.
@@ -287,7 +285,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       uint4* to = reinterpret_cast<uint4*>(grad + row.head);
       if (at_edge) grad[edge_class] = static_cast<T>(gradient(edge, edge_class == extras.y));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
-      if (!kMayBeLonger || rest >= row.vectors) continue;
+      if (rest >= row.vectors) continue;
       const int batches = (row.vectors - rest - 1) / (kBatch * kGroup);
       for (int b = batches; b >= 0; --b) {
         const int slot = b * kBatch, i = rest + slot * kGroup;
@@ -301,7 +299,9 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       }
     }
   }
-  finish<kBlockThreads>(sums, out, layout.rows);
+  Sums mine;
+  if (lane == 0) mine = {sums[0], sums[1], sums[2]};
+  finish<kBlockThreads>(mine, out, layout.rows);
 }
 
 template <typename T, int kGroup>

@@ -46,6 +46,12 @@ __device__ inline float exp2_approx(float x) {
 __device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
+// Makes the compiler take these bits for new ones: what it has made of them before is made again
+// instead of kept in registers.
+__device__ inline void forget(uint4& bits) {
+  asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+}
+
 // ---- Matrix fragments. In a warp, thread 4 g + t holds of an 8 x 8 matrix of 16-bit elements, or
 // of 8 rows of four 32-bit ones, the 32-bit word t of row g.
 

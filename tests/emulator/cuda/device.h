@@ -112,6 +112,7 @@ namespace fastcls::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+inline void forget(uint4&) {}
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float float_of_bits(uint32_t bits) {
   float value;
