@@ -17,6 +17,8 @@
 //   scale_kernel            multiplies a gradient where it lies; does nothing if the factor is 1
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include "cuda/cross_entropy_softmax.h"
 
 namespace fastcls::cuda {
@@ -26,9 +28,10 @@ constexpr int kBatch = 4;  // vectors that a thread asks for before it waits for
 // Of a block: four warps where a warp owns a row.
 template <int kGroup>
 constexpr int kRowsThreads = kGroup < 128 ? 128 : kGroup;
-// With 1024 threads to a multiprocessor each has 64 registers.
-template <int kGroup>
-constexpr int kRowsBlocks = 1024 / kRowsThreads<kGroup>;
+// Blocks that a multiprocessor is to hold at least: 1024 threads have 64 registers each, which the
+// gradient needs. Without it 48 do, and more threads ask for more memory at a time.
+template <int kGroup, bool kWithGrad>
+constexpr int kRowsBlocks = (kWithGrad ? 1024 : 1280) / kRowsThreads<kGroup>;
 
 // ---- a row as vectors
 
@@ -57,6 +60,9 @@ __device__ void unpack(const uint4& vector, float (&x)[kPerVector<T>]) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (std::is_same_v<T, float>) {
       x[i] = float_of_bits(words[i]);
+    } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+      x[2 * i] = float_of_bits(words[i] << 16);
+      x[2 * i + 1] = float_of_bits(words[i] & 0xffff0000u);
     } else {
       x[2 * i] = static_cast<float>(T(static_cast<uint16_t>(words[i]), T::from_bits()));
       x[2 * i + 1] = static_cast<float>(T(static_cast<uint16_t>(words[i] >> 16), T::from_bits()));
@@ -210,7 +216,7 @@ struct GradientOutput {
 };
 
 template <typename T, int kGroup, bool kExtras, bool kWithGrad>
-__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
+__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWithGrad>)
     rows_forward_kernel(Problem<T, float> problem, int rows_per_block, Outputs<T, float> out,
                         GradientOutput<T> output) {
   constexpr int kBlockThreads = kRowsThreads<kGroup>, kGroups = kBlockThreads / kGroup;
@@ -305,7 +311,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
 }
 
 template <typename T, int kGroup>
-__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
+__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, true>)
     rows_backward_kernel(Problem<T, float> problem, const float* saved, Scale<T, float> scale,
                          T* grad_input) {
   constexpr int kRows = kRowsThreads<kGroup> / kGroup;
