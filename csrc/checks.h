@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -478,6 +479,23 @@ inline void check_cross_entropy_backward(const CrossEntropyShape& s, const Tenso
                 op, ": saved must be the one that cross_entropy_forward saved (", saved_numel(rows),
                 " contiguous ", toString(accumulate_type(x)), "), got ", shape_string(saved), " ",
                 toString(saved.scalar_type()));
+}
+
+// Multiplies the gradient that the forward op has saved, of the mean or the sum over class indices.
+inline CrossEntropyShape check_cross_entropy_scale(const Tensor& grad, const Tensor& grad_loss,
+                                                   const Tensor& target, int64_t ignore_index) {
+  using torch::headeronly::toString;
+  const char* op = "cross_entropy_scale_";
+  const CrossEntropyShape s =
+      check_cross_entropy(op, grad, target, std::nullopt, ignore_index, kMean, 0);
+  FASTCLS_CHECK(!s.prob, op, ": target must hold class indices, got probabilities");
+  FASTCLS_CHECK(grad_loss.dim() == 0, op, ": grad_loss must have shape (), got ",
+                shape_string(grad_loss));
+  const ScalarType x = grad.scalar_type(), g = grad_loss.scalar_type();
+  FASTCLS_CHECK(g == x || (is_half(x) && g == ScalarType::Float), op, ": grad_loss must be ",
+                toString(x), " like grad", is_half(x) ? " or Float" : "", ", got ", toString(g));
+  check_same_device(op, "grad_loss", grad_loss, grad, "grad");
+  return s;
 }
 
 }  // namespace fastcls

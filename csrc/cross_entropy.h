@@ -45,7 +45,9 @@ struct RowLayout {
 
   // Rows within a run of `run()` lie at equal distances row_stride(operand).
   int64_t run() const { return dims == 0 ? 1 : size[dims - 1]; }
-  int64_t row_stride(RowOperand operand) const { return dims == 0 ? 0 : stride[operand][dims - 1]; }
+  FASTCLS_HOST_DEVICE int64_t row_stride(RowOperand operand) const {
+    return dims == 0 ? 0 : stride[operand][dims - 1];
+  }
 };
 
 }  // namespace fastcls

@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(fastcls, m) {
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
       "Tensor saved, int ignore_index, int reduction, float label_smoothing) -> Tensor grad_input");
+  m.def(
+      "cross_entropy_scale_(Tensor(a!) grad, Tensor grad_loss, Tensor target, int ignore_index) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcls, CPU, m) {
@@ -34,4 +37,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastcls, CPU, m) {
   m.impl("conv_block_path", TORCH_BOX(&fastcls::cpu::conv_block_path));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastcls::cpu::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastcls::cpu::cross_entropy_backward));
+  m.impl("cross_entropy_scale_", TORCH_BOX(&fastcls::cpu::cross_entropy_scale));
 }

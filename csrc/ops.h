@@ -38,7 +38,9 @@ enum class ConvBlockPath : int64_t { kGeneral = 0, kDirect = 1, kWinograd = 2, k
   Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input,                      \
                                 const Tensor& target, const std::optional<Tensor>& weight,         \
                                 const Tensor& saved, int64_t ignore_index, int64_t reduction,      \
-                                double label_smoothing);
+                                double label_smoothing);                                           \
+  void cross_entropy_scale(const Tensor& grad, const Tensor& grad_loss, const Tensor& target,      \
+                           int64_t ignore_index);
 
 namespace fastcls::cpu {
 FASTCLS_DECLARE_OPS

@@ -525,8 +525,43 @@ def _cross_entropy_backward_fake(
     return torch.empty_like(input)
 
 
+@torch.library.register_fake("fastcls::cross_entropy_scale_")
+def _cross_entropy_scale_fake(grad, grad_loss, target, ignore_index):
+    return None
+
+
+# Logits on CUDA of so many bytes do not stay in the second-level cache until the backward pass. For
+# fewer it is the launches that count, and the gradient takes two more than two numbers per row do:
+# the mean's divisor has to be known before, the scale comes after.
+_ONE_READ_BYTES = 32 << 20
+_FEW_CLASSES = 32  # csrc/cuda/cross_entropy_few.h
+
+
+def _on_cuda(input):
+    return input.is_cuda
+
+
+def _save_of(input, target, weight, settings):
+    """What the forward op is to save: the gradient wherever that saves time."""
+    if input.dtype == torch.float16:
+        return _SAVE_ROWS
+    if not _on_cuda(input):
+        return _SAVE_GRAD if input.is_cpu else _SAVE_ROWS
+    _, reduction, smoothing = settings
+    served = (
+        input.dtype != torch.float64
+        and input.dim() > 1
+        and input.stride(1) == 1
+        and input.size(1) > _FEW_CLASSES
+        and not target.is_floating_point()
+        and reduction != _REDUCTIONS["none"]
+        and (weight is None or not smoothing > 0)
+    )
+    return _SAVE_GRAD if served and input.nbytes >= _ONE_READ_BYTES else _SAVE_ROWS
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Saves the gradient itself, which the forward pass has written along with the loss.
+    """Saves the gradient itself where the forward pass has written it along with the loss.
 
     The first backward pass scales it in place and gives it away; the memory is freed with it.
     Further ones (``retain_graph=True``) compute it again. In float16 a gradient that has not met
@@ -536,7 +571,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, call):
         target, weight, settings, float_loss, count_hits = call
-        save = _SAVE_GRAD if input.is_cpu and input.dtype != torch.float16 else _SAVE_ROWS
+        save = _save_of(input, target, weight, settings)
         # The overload itself: finding it among the op's overloads takes as long as a small tensor.
         loss, saved, hits = _ops.cross_entropy_forward.default(
             input, target, weight, *settings, float_loss, save, count_hits
@@ -568,6 +603,10 @@ class _CrossEntropy(torch.autograd.Function):
             grad = _save_again(ctx, _SAVE_GRAD)
         if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched=True
             return grad * _per_logit(grad_loss), None
+        if _on_cuda(grad):  # on the device: the host would have to wait for grad_loss
+            target, ignore_index = ctx.saved_tensors[1], ctx.settings[0]
+            _ops.cross_entropy_scale_.default(grad, grad_loss, target, ignore_index)
+            return grad, None
         if type(grad_loss) is torch.Tensor and grad_loss.is_cpu and grad_loss.dim() == 0:
             scale = grad_loss.item()
             if scale == 1:

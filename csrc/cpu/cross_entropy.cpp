@@ -433,6 +433,28 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   return grad;
 }
 
+void cross_entropy_scale(const Tensor& grad, const Tensor& grad_loss, const Tensor& target,
+                         int64_t ignore_index) {
+  const CrossEntropyShape s = check_cross_entropy_scale(grad, grad_loss, target, ignore_index);
+  const RowLayout layout = row_layout("cross_entropy_scale_", s, {&grad, nullptr, &grad});
+  const Tensor flat = flat_target(s, target);
+  dispatch_types(grad.scalar_type(), grad.scalar_type(), [&](auto t, auto, auto acc) {
+    using T = decltype(t);
+    const auto scale = FlatValues<decltype(acc)>(grad_loss).data()[0];
+    if (scale == 1) return;
+    visit_index(flat.scalar_type(), flat.const_data_ptr(), [&](auto* classes) {
+      for (int64_t row = 0; row < layout.rows; ++row) {
+        if (static_cast<int64_t>(classes[row]) == ignore_index) continue;
+        T* x = static_cast<T*>(grad.mutable_data_ptr()) + layout.offset(kGrad, row);
+        for (int64_t c = 0; c < layout.C; ++c) {
+          T& value = x[c * layout.class_stride[kGrad]];
+          value = static_cast<T>(value * scale);
+        }
+      }
+    });
+  });
+}
+
 void cross_entropy_plain(const PlainCrossEntropy& call) {
   RowLayout layout;  // contiguous [rows, C] throughout
   layout.rows = call.rows, layout.C = call.C, layout.dims = 1, layout.size[0] = call.rows;

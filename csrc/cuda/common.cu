@@ -3,12 +3,14 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 namespace fastcls::cuda {
 
 namespace {
 
 __global__ void any_kernel() {}
+__device__ unsigned counters[kCounters];
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -21,8 +23,11 @@ DeviceLimits ask(int device) {
   // instructions on whatever device it runs.
   cudaFuncAttributes code{};
   STD_CUDA_CHECK(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(any_kernel)));
+  void* zeros = nullptr;
+  STD_CUDA_CHECK(cudaGetSymbolAddress(&zeros, counters));
   return {code.ptxVersion, attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          static_cast<unsigned*>(zeros)};
 }
 
 }  // namespace
@@ -34,6 +39,23 @@ const DeviceLimits& device_limits(int device) {
   const std::lock_guard lock(mutex);
   const auto found = known.find(device);
   return found != known.end() ? found->second : known.emplace(device, ask(device)).first->second;
+}
+
+unsigned* counter_of(const DeviceLimits& limits, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  static std::mutex mutex;
+  static std::map<const unsigned*, unsigned> used;  // of each device's counters
+  static std::map<std::pair<const unsigned*, cudaStream_t>, unsigned*> of_stream;
+  const std::lock_guard lock(mutex);
+  const bool captured = status != cudaStreamCaptureStatusNone;
+  const auto found = of_stream.find({limits.counters, stream});
+  if (!captured && found != of_stream.end()) return found->second;
+  unsigned& count = used[limits.counters];
+  if (count == kCounters) return nullptr;
+  unsigned* const counter = limits.counters + count++;
+  if (!captured) of_stream[{limits.counters, stream}] = counter;
+  return counter;
 }
 
 }  // namespace fastcls::cuda

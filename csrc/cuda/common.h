@@ -18,9 +18,17 @@ struct DeviceLimits {
   int arch;  // of the code in this library that the device runs: 90 for compute capability 9.0
   int multiprocessors;
   int max_shared_bytes;  // per block
+  unsigned* counters;    // kCounters zeros in its memory
 };
 
+constexpr unsigned kCounters = 1 << 14;
+
 const DeviceLimits& device_limits(int device);
+
+// One of the device's counters that no launch on another stream uses, or null where there is none
+// left. A stream has one for all its launches, which follow each other; a launch that is being
+// captured has its own for ever, as nobody knows the streams on which graphs will run.
+unsigned* counter_of(const DeviceLimits& limits, cudaStream_t stream);
 
 // Launches kernels on the device of `t`, which is the current one as long as this lives, and on
 // PyTorch's current stream there:
@@ -54,6 +62,10 @@ class Launcher {
     kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
+
+  // For blocks that agree on which of them is the last one. It is 0 before the launch, and the
+  // kernel has to leave it so. Null where there is none: then another launch has to do the work.
+  unsigned* counter() const { return counter_of(limits_, stream_); }
 
   int arch() const { return limits_.arch; }
   int multiprocessors() const { return limits_.multiprocessors; }

@@ -1,305 +1,88 @@
-// cross_entropy on CUDA, plain kernels: every dtype, stride, target and number of classes.
+// cross_entropy on CUDA: check, allocate, pick a kernel, launch.
 //
-// Fused: log-softmax, the target's weights, smoothing, ignored rows and the reduction. Never
+// Fused: log-softmax, the target's weights, smoothing, ignored rows, hits and the reduction. Never
 // written to memory: probabilities, log-probabilities, one-hot targets, casts of the logits. The
 // maths is in cpu/cross_entropy_general.h.
 //
-//   forward_kernel    a group of threads owns one row at a time, a block a fixed chunk of rows; it
-//                     writes two saved values per row, and the loss per row or the chunk's sum
-//   finish_kernel     one block adds up the chunks, in a fixed order: no atomics
-//   backward_kernel   a group of threads owns one row and writes its gradient
+//   cross_entropy_few.h      up to 32 classes, neighbours in memory: a thread to a row
+//   cross_entropy_rows.h     more of them: a warp or a block to a row, read once in vectors
+//   cross_entropy_general.h  everything else: strided classes, probabilities, float64, weights
+//                            together with smoothing
 //
-// A class index outside [0, C) is never used as an address: it makes its row's loss and gradient
-// NaN. Finding out on the host would make the host wait.
-#include "cross_entropy.h"
-
+// Rows are summed in an order that depends on the shape alone, without atomics on numbers that are
+// not counts. A class index outside [0, C) is never used as an address: it makes its row's loss and
+// gradient NaN. Finding out on the host would make the host wait.
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <cstring>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "cuda/common.h"
+#include "cuda/cross_entropy_few.h"
+#include "cuda/cross_entropy_general.h"
+#include "cuda/cross_entropy_rows.h"
 
 namespace fastcls::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kPartialSums = 3;  // of a chunk: losses, weights, hits
+enum class Path { kFew, kRows, kGeneral };
 
-template <typename Acc>
-constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
-template <typename Acc>
-constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
+// At most so many blocks, so that the last one has little to add up.
+constexpr int64_t kMostBlocks = 2048;
 
-// Threads to a row: 1 where a row is short, or where neighbouring rows and not neighbouring classes
-// lie side by side in memory; a warp up to the length at which each lane has 64 classes; else a
-// block. Depends on the shape alone, as sums must not depend on the device.
-int threads_per_row(const RowLayout& layout) {
+// Rows of a block of which `at_once` are worked on at a time.
+int64_t rows_per_block(int64_t rows, int64_t at_once) {
+  const int64_t turns = (rows + at_once * kMostBlocks - 1) / (at_once * kMostBlocks);
+  return std::max<int64_t>(turns, 1) * at_once;
+}
+int64_t blocks_for(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
+
+// Threads to a row of the general kernels: 1 where a row is short, or where neighbouring rows and
+// not neighbouring classes lie side by side in memory; a warp up to the length at which each lane
+// has 64 classes; else a block.
+int general_group(const RowLayout& layout) {
   if (layout.C <= 16 || layout.class_stride[kInput] != 1) return 1;
   return layout.C <= 64 * kWarpSize ? kWarpSize : kThreads;
 }
 
-// At most 1024 chunks of rows, so that finish_kernel has little to add.
-int64_t rows_per_block(int64_t rows, int group) {
-  const int64_t at_once = kThreads / group;
-  const int64_t turns = (rows + at_once * 1024 - 1) / (at_once * 1024);
-  return std::max<int64_t>(turns, 1) * at_once;
+// Threads to a row of so many vectors: up to 4 a thread, and 512 threads for all above that.
+int rows_group(int64_t vectors) {
+  for (int group : {32, 128, 256})
+    if (vectors <= kBatch * group) return group;
+  return 512;
 }
 
-// ---- what the kernels read
-
-template <typename T, typename Acc>
-struct Problem {
-  RowLayout layout;
-  const T* x;
-  const void* target;  // class indices, flat; or probabilities like x, of T or Acc
-  ScalarType target_type;
-  bool prob, wide_prob;
-  const void* weight;  // [C] of T or Acc, or null
-  int64_t weight_stride;
-  bool wide_weight;
-  int64_t ignore_index;
-  Acc keep, spread;  // 1 - smoothing, smoothing / C
-
-  __device__ Acc weight_of(int64_t c) const {
-    if (!weight) return Acc(1);
-    const int64_t i = c * weight_stride;
-    return wide_weight ? static_cast<const Acc*>(weight)[i]
-                       : static_cast<Acc>(static_cast<const T*>(weight)[i]);
-  }
-  // The target's share of class c, for probabilities at `offset`.
-  __device__ Acc probability(int64_t offset) const {
-    return wide_prob ? static_cast<const Acc*>(target)[offset]
-                     : static_cast<Acc>(static_cast<const T*>(target)[offset]);
-  }
-  __device__ int64_t index(int64_t row) const {
-    switch (target_type) {
-      case ScalarType::Byte:
-        return static_cast<const uint8_t*>(target)[row];
-      case ScalarType::Char:
-        return static_cast<const int8_t*>(target)[row];
-      case ScalarType::Short:
-        return static_cast<const int16_t*>(target)[row];
-      case ScalarType::Int:
-        return static_cast<const int32_t*>(target)[row];
-      case ScalarType::UInt16:
-        return static_cast<const uint16_t*>(target)[row];
-      case ScalarType::UInt32:
-        return static_cast<const uint32_t*>(target)[row];
-      default:  // int64 and uint64, whose upper half is out of range under either name
-        return static_cast<const int64_t*>(target)[row];
-    }
-  }
-  __device__ bool in_range(int64_t y) const { return y >= 0 && y < layout.C; }
-};
-
-// ---- device helpers
-
-// The sum or maximum of `value` over the kGroup threads of a row, in every one of them. All threads
-// of the block call it together.
-template <int kGroup, typename V, typename Op>
-__device__ V reduce_row(V value, const Op& op) {
-  if constexpr (kGroup >= kWarpSize)
-    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
-      value = op(value, __shfl_xor_sync(kFullWarp, value, lanes));
-  if constexpr (kGroup > kWarpSize) {
-    SHARED_ARRAY(V, of_warp, kThreads / kWarpSize);
-    if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = value;
-    __syncthreads();
-    value = of_warp[0];
-    for (int w = 1; w < kThreads / kWarpSize; ++w) value = op(value, of_warp[w]);
-    __syncthreads();  // of_warp is written again by the next call
-  }
-  return value;
+Path path_of(const RowLayout& layout, const CrossEntropyShape& s, ScalarType type, bool weighted,
+             double smoothing) {
+  const bool plain_rows = layout.dims <= 1 && layout.class_stride[kInput] == 1;
+  if (type == ScalarType::Double || s.prob || !plain_rows || (weighted && smoothing > 0))
+    return Path::kGeneral;
+  constexpr int64_t kMost = 1 << 30;  // rows and classes are counted in ints
+  if (layout.C < 1 || layout.C > kMost || layout.rows > kMost) return Path::kGeneral;
+  return layout.C <= kMostFewClasses ? Path::kFew : Path::kRows;
 }
 
-struct Sum {
-  template <typename V>
-  __device__ V operator()(V a, V b) const {
-    return a + b;
-  }
-};
+uintptr_t address(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); }
 
-// NaN may be lost here: exp(NaN - maximum) brings it back.
-struct Max {
-  template <typename V>
-  __device__ V operator()(V a, V b) const {
-    return a > b ? a : b;
-  }
-};
-
-// The sum of `value` over the block, in thread 0, always in the same order.
-__device__ inline double reduce_block(double value) {
-  SHARED_ARRAY(double, of_thread, kThreads);
-  of_thread[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) of_thread[threadIdx.x] += of_thread[threadIdx.x + half];
-    __syncthreads();
-  }
-  const double sum = of_thread[0];
-  __syncthreads();
-  return sum;
+// Does each row of the gradient start at the same place within a vector as that of the logits?
+bool aligned_alike(const RowLayout& layout, const Tensor& input, const Tensor& grad) {
+  const int64_t bytes = input.element_size();
+  const int64_t apart = layout.row_stride(kInput) - layout.row_stride(kGrad);
+  return layout.class_stride[kGrad] == 1 && (address(input) - address(grad)) % 16 == 0 &&
+         apart * bytes % 16 == 0;
 }
 
-// ---- kernels
-
-template <typename T, typename Acc, int kGroup>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(Problem<T, Acc> problem, int64_t rows_per_block, Acc* saved, T* row_loss,
-                   Acc* wide_row_loss, bool count_hits, double* partial) {
-  const RowLayout& layout = problem.layout;
-  const int64_t C = layout.C, x_class = layout.class_stride[kInput];
-  const int64_t t_class = layout.class_stride[kTarget];
-  const int lane = threadIdx.x % kGroup;
-  double loss_sum = 0, weight_sum = 0, hits = 0;
-  for (int64_t r = threadIdx.x / kGroup; r < rows_per_block; r += kThreads / kGroup) {
-    // All threads take part in the reductions, those beyond the last row with empty sums.
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + r;
-    const bool active = row < layout.rows;
-    const T* x = problem.x + (active ? layout.offset(kInput, row) : 0);
-    const int64_t t = active && problem.prob ? layout.offset(kTarget, row) : 0;
-    const int64_t first = active ? lane : C;
-
-    // 1. The maximum.
-    Acc m = -kInfinity<Acc>;
-    for (int64_t c = first; c < C; c += kGroup) m = Max()(m, static_cast<Acc>(x[c * x_class]));
-    m = reduce_row<kGroup>(m, Max());
-
-    // 2. Sum of exp(x - m); for the parts of the target that reach every class, sum of q and of
-    //    q (m - x).
-    const bool dense = problem.prob || problem.spread > 0;
-    Acc sum = 0, q_sum = 0, q_dot = 0;
-    for (int64_t c = first; c < C; c += kGroup) {
-      const Acc below = static_cast<Acc>(x[c * x_class]) - m;
-      sum += std::exp(below);
-      if (!dense) continue;
-      Acc q = problem.spread;
-      if (problem.prob) q += problem.keep * problem.probability(t + c * t_class);
-      q *= problem.weight_of(c);
-      q_sum += q;
-      q_dot -= q * below;
-    }
-    const Acc log_sum = std::log(reduce_row<kGroup>(sum, Sum()));
-    if (dense) q_sum = reduce_row<kGroup>(q_sum, Sum()), q_dot = reduce_row<kGroup>(q_dot, Sum());
-    int beaten = 0;  // by a NaN, or by a class before the target's that reaches the maximum
-    if (count_hits) {
-      const int64_t y = active ? problem.index(row) : 0;
-      for (int64_t c = first; c < C; c += kGroup) {
-        const Acc value = static_cast<Acc>(x[c * x_class]);
-        beaten |= !(c < y ? value < m : value <= m);
-      }
-      beaten = reduce_row<kGroup>(beaten, Max());
-    }
-    if (!active || lane != 0) continue;
-
-    // 3. The row's loss: sum of q (log_sum + m - x).
-    Acc loss = dense ? q_sum * log_sum + q_dot : Acc(0), weight = 1;
-    if (!problem.prob) {
-      const int64_t y = problem.index(row);
-      if (y == problem.ignore_index) {
-        loss = weight = 0;
-      } else if (!problem.in_range(y)) {
-        loss = kNaN<Acc>;
-      } else {
-        weight = problem.weight_of(y);
-        const Acc x_y = static_cast<Acc>(x[y * x_class]);
-        loss += problem.keep * weight * (log_sum - (x_y - m));
-        hits += !beaten && x_y == m;
-      }
-    }
-    if (saved) saved[row] = m, saved[layout.rows + row] = log_sum;
-    if (row_loss) row_loss[row] = static_cast<T>(loss);
-    if (wide_row_loss) wide_row_loss[row] = loss;
-    loss_sum += loss;
-    weight_sum += weight;
-  }
-  if (!partial) return;
-  loss_sum = reduce_block(loss_sum);
-  weight_sum = reduce_block(weight_sum);
-  if (count_hits) hits = reduce_block(hits);
-  if (threadIdx.x != 0) return;
-  double* sums = partial + kPartialSums * blockIdx.x;
-  sums[0] = loss_sum, sums[1] = weight_sum, sums[2] = hits;
+// The largest power of 2, up to 16, that the rows' length, distance and addresses are multiples of.
+int piece_bytes(const RowLayout& layout, const Tensor& input, const Tensor* grad) {
+  const int64_t bytes = input.element_size();
+  uintptr_t all = address(input) | layout.C * bytes | layout.row_stride(kInput) * bytes | 16;
+  if (grad) all |= address(*grad) | layout.row_stride(kGrad) * bytes;
+  return static_cast<int>(all & -all);
 }
 
-template <typename T, typename Acc>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const double* partial, int64_t blocks, bool mean, Acc* divisor, T* loss,
-                  Acc* wide_loss, int64_t* hits) {
-  double loss_sum = 0, weight_sum = 0, hit_sum = 0;
-  for (int64_t b = threadIdx.x; b < blocks; b += kThreads) {
-    const double* sums = partial + kPartialSums * b;
-    loss_sum += sums[0], weight_sum += sums[1], hit_sum += sums[2];
-  }
-  loss_sum = reduce_block(loss_sum);
-  weight_sum = reduce_block(weight_sum);
-  hit_sum = reduce_block(hit_sum);
-  if (threadIdx.x != 0) return;
-  // PyTorch's mean of rows without weight is NaN whatever their losses are: one part is 0 / 0.
-  if (weight_sum == 0) weight_sum = kNaN<double>;
-  const double value = mean ? loss_sum / weight_sum : loss_sum;
-  if (hits) *hits = static_cast<int64_t>(hit_sum);
-  if (divisor) *divisor = static_cast<Acc>(weight_sum);
-  if (loss) *loss = static_cast<T>(static_cast<Acc>(value));
-  if (wide_loss) *wide_loss = static_cast<Acc>(value);
-}
-
-template <typename T, typename Acc, int kGroup>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(Problem<T, Acc> problem, int64_t rows_per_block, const Acc* saved,
-                    const T* grad_loss, const Acc* wide_grad_loss, int64_t reduction, T* grad) {
-  const RowLayout& layout = problem.layout;
-  const int64_t C = layout.C, x_class = layout.class_stride[kInput];
-  const int64_t t_class = layout.class_stride[kTarget], g_class = layout.class_stride[kGrad];
-  const int lane = threadIdx.x % kGroup;
-  for (int64_t r = threadIdx.x / kGroup; r < rows_per_block; r += kThreads / kGroup) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + r;
-    const bool active = row < layout.rows;
-    const T* x = problem.x + (active ? layout.offset(kInput, row) : 0);
-    const int64_t t = active && problem.prob ? layout.offset(kTarget, row) : 0;
-    const int64_t first = active ? lane : C;
-    auto dense = [&](int64_t c) {
-      Acc q = problem.spread;
-      if (problem.prob) q += problem.keep * problem.probability(t + c * t_class);
-      return problem.weight_of(c) * q;
-    };
-
-    // 1. Q, the sum of q.
-    Acc q_sum = 0;
-    if (problem.prob || problem.spread > 0) {
-      for (int64_t c = first; c < C; c += kGroup) q_sum += dense(c);
-      q_sum = reduce_row<kGroup>(q_sum, Sum());
-    }
-    if (!active) continue;
-    const int64_t y = problem.prob ? -1 : problem.index(row);
-    const bool ignored = !problem.prob && y == problem.ignore_index;
-    const bool valid = problem.prob || problem.in_range(y);
-    const Acc at_target = valid && !problem.prob ? problem.keep * problem.weight_of(y) : Acc(0);
-    q_sum += at_target;
-
-    // 2. scale (Q p - q).
-    const int64_t g = reduction == kNone ? row : 0;
-    Acc scale = 1;  // where neither is given
-    if (wide_grad_loss) scale = wide_grad_loss[g];
-    if (grad_loss) scale = static_cast<Acc>(grad_loss[g]);
-    if (reduction == kMean) scale /= saved[2 * layout.rows];
-    if (!valid) scale = kNaN<Acc>;
-    const Acc m = saved[row], log_sum = saved[layout.rows + row];
-    T* out = grad + layout.offset(kGrad, row);
-    for (int64_t c = first; c < C; c += kGroup) {
-      const Acc p = std::exp((static_cast<Acc>(x[c * x_class]) - m) - log_sum);
-      const Acc hit = c == y ? at_target : Acc(0);
-      const Acc value = scale * ((q_sum * p - dense(c)) - hit);
-      out[c * g_class] = static_cast<T>(ignored ? Acc(0) : value);
-    }
-  }
-}
-
-// ---- launchers
+// ---- from dtypes and sizes to kernels
 
 // Calls f(T, Acc) for the dtypes that the checks let through.
 template <typename F>
@@ -316,13 +99,23 @@ void dispatch_types(ScalarType type, const F& f) {
   }
 }
 
-template <typename F>
-void dispatch_group(int group, const F& f) {
-  if (group == 1) return f(std::integral_constant<int, 1>{});
-  if (group == kWarpSize) return f(std::integral_constant<int, kWarpSize>{});
-  return f(std::integral_constant<int, kThreads>{});
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls f with the one of kValues that is `value`, as a constant; with the last one if none is.
+template <int kFirst, int... kValues, typename F>
+void dispatch_int(int value, const F& f) {
+  if constexpr (sizeof...(kValues) > 0)
+    if (value != kFirst) return dispatch_int<kValues...>(value, f);
+  f(Constant<kFirst>{});
 }
 
+template <typename F>
+void dispatch_bool(bool value, const F& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// The call as the kernels see it.
 template <typename T, typename Acc>
 Problem<T, Acc> make_problem(const RowLayout& layout, const CrossEntropyShape& s,
                              const Tensor& input, const Tensor& target,
@@ -352,37 +145,174 @@ T* data_if(const Tensor& t, bool matches) {
   return matches ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// The gradient of the logits; that of a result whose own gradient is 1 where grad_loss is missing.
-Tensor launch_backward(const std::optional<Tensor>& grad_loss, const Tensor& input,
-                       const Tensor& target, const std::optional<Tensor>& weight,
-                       const Tensor& saved, const CrossEntropyShape& s, int64_t ignore_index,
-                       int64_t reduction, double label_smoothing) {
-  Tensor grad = new_like(input);
-  const RowLayout layout =
-      row_layout("cross_entropy_backward", s, {&input, s.prob ? &target : nullptr, &grad});
-  if (grad.numel() == 0) return grad;
-  const Tensor flat = s.prob ? target : torch::stable::contiguous(target);
-  const ScalarType type = input.scalar_type();
-  const bool wide_grad = grad_loss && grad_loss->scalar_type() == accumulate_type(type);
-  const int group = threads_per_row(layout);
-  const int64_t chunk = rows_per_block(layout.rows, group);
-  const int64_t blocks = (layout.rows + chunk - 1) / chunk;
-  const Launcher launch(input);
-  dispatch_types(type, [&](auto t, auto acc) {
+template <typename T, typename Acc>
+Scale<T, Acc> make_scale(const std::optional<Tensor>& grad_loss, bool each, const Acc* divisor) {
+  Scale<T, Acc> scale{nullptr, nullptr, each, divisor};
+  if (!grad_loss) return scale;
+  const ScalarType type = grad_loss->scalar_type();
+  const bool wide = type == accumulate_type(type);  // T may be it too
+  const void* data = grad_loss->const_data_ptr();
+  if (wide) scale.wide_grad_loss = static_cast<const Acc*>(data);
+  if (!wide) scale.grad_loss = static_cast<const T*>(data);
+  return scale;
+}
+
+// Index targets are read flat; probabilities through their strides.
+Tensor flat_target(const CrossEntropyShape& s, const Tensor& target) {
+  return s.prob || target.is_contiguous() ? target : torch::stable::contiguous(target);
+}
+
+// One op's tensors and numbers.
+struct Call {
+  const char* op;
+  const CrossEntropyShape& s;
+  const Tensor& input;
+  const Tensor& target;  // flat
+  const std::optional<Tensor>& weight;
+  int64_t ignore_index, reduction;
+  double smoothing;
+  const Launcher& launch;
+
+  ScalarType type() const { return input.scalar_type(); }
+  RowLayout layout(const Tensor* grad) const {
+    return row_layout(op, s, {&input, s.prob ? &target : nullptr, grad});
+  }
+  Path path(const RowLayout& layout) const {
+    return path_of(layout, s, type(), weight.has_value(), smoothing);
+  }
+  template <typename T, typename Acc>
+  Problem<T, Acc> problem(const RowLayout& layout) const {
+    return make_problem<T, Acc>(layout, s, input, target, weight, ignore_index, smoothing);
+  }
+};
+
+// ---- launchers
+
+// The gradient of the logits, written into `grad`; that of a result whose own gradient is 1 where
+// grad_loss is missing.
+void launch_backward(const Call& call, const std::optional<Tensor>& grad_loss, const Tensor& saved,
+                     const Tensor& grad) {
+  if (grad.numel() == 0) return;
+  const RowLayout layout = call.layout(&grad);
+  const int64_t rows = layout.rows;
+  Path path = call.path(layout);
+  if (path == Path::kRows && !aligned_alike(layout, call.input, grad)) path = Path::kGeneral;
+  if (path == Path::kFew && layout.class_stride[kGrad] != 1) path = Path::kGeneral;
+  dispatch_types(call.type(), [&](auto t, auto acc) {
     using T = decltype(t);
     using Acc = decltype(acc);
-    const Problem<T, Acc> problem = make_problem<T, Acc>(
-        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    const void* g = grad_loss ? grad_loss->const_data_ptr() : nullptr;
-    dispatch_group(group, [&](auto threads) {
-      launch(backward_kernel<T, Acc, decltype(threads)::value>, dim3(blocks), kThreads, problem,
-             chunk, static_cast<const Acc*>(saved.const_data_ptr()),
-             wide_grad ? nullptr : static_cast<const T*>(g),
-             wide_grad ? static_cast<const Acc*>(g) : nullptr, reduction,
-             static_cast<T*>(grad.mutable_data_ptr()));
+    const Problem<T, Acc> problem = call.problem<T, Acc>(layout);
+    const Acc* save = static_cast<const Acc*>(saved.const_data_ptr());
+    T* to = static_cast<T*>(grad.mutable_data_ptr());
+    const Scale<T, Acc> scale = make_scale<T, Acc>(
+        grad_loss, call.reduction == kNone, call.reduction == kMean ? save + 2 * rows : nullptr);
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (path == Path::kFew)
+        return dispatch_int<16, 32>(layout.C <= 16 ? 16 : 32, [&](auto most) {
+          call.launch(few_backward_kernel<T, decltype(most)::value>,
+                      dim3(blocks_for(rows, kFewThreads)), kFewThreads, problem,
+                      piece_bytes(layout, call.input, &grad), save, scale, to);
+        });
+      if (path == Path::kRows)
+        return dispatch_int<32, 128, 256, 512>(
+            rows_group(layout.C * sizeof(T) / 16), [&](auto group) {
+              constexpr int kGroup = decltype(group)::value, kBlock = kRowsThreads<kGroup>;
+              call.launch(rows_backward_kernel<T, kGroup>, dim3(blocks_for(rows, kBlock / kGroup)),
+                          kBlock, problem, save, scale, to);
+            });
+    }
+    const int group = general_group(layout);
+    const int64_t chunk = rows_per_block(rows, kThreads / group);
+    dispatch_int<1, kWarpSize, kThreads>(group, [&](auto threads) {
+      call.launch(general_backward_kernel<T, Acc, decltype(threads)::value>,
+                  dim3(blocks_for(rows, chunk)), kThreads, problem, chunk, save, scale, to);
     });
   });
-  return grad;
+}
+
+// Threads to a row, and rows to a block, of the forward pass. Vectors that a block's threads do not
+// hold are read twice where the gradient is written: the longest rows get the largest block.
+struct ForwardTile {
+  Path path;
+  bool grad;  // written by the forward kernel itself
+  int group;
+  int64_t chunk, blocks;
+};
+
+ForwardTile forward_tile(const Call& call, const RowLayout& layout, const Tensor* grad) {
+  ForwardTile tile{call.path(layout), false, 1, 0, 0};
+  int64_t at_once = 0;
+  if (tile.path == Path::kFew) {
+    at_once = kFewThreads;
+  } else if (tile.path == Path::kRows) {
+    const int64_t vectors = layout.C * call.input.element_size() / 16;
+    tile.grad = grad && aligned_alike(layout, call.input, *grad);
+    tile.group = tile.grad && vectors > 16 * 512 ? 1024 : rows_group(vectors);
+    at_once = tile.group == kWarpSize ? kRowsThreads<kWarpSize> / kWarpSize : 1;
+  } else {
+    tile.group = general_group(layout);
+    at_once = kThreads / tile.group;
+  }
+  tile.chunk = rows_per_block(layout.rows, at_once);
+  tile.blocks = blocks_for(layout.rows, tile.chunk);
+  return tile;
+}
+
+template <typename T, typename Acc>
+void launch_forward(const Call& call, const ForwardTile& tile, const Problem<T, Acc>& problem,
+                    const Outputs<T, Acc>& out) {
+  const dim3 blocks(tile.blocks);
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (tile.path == Path::kFew) {
+      const int pieces = piece_bytes(problem.layout, call.input, nullptr);
+      return dispatch_int<16, 32>(problem.layout.C <= 16 ? 16 : 32, [&](auto most) {
+        call.launch(few_forward_kernel<T, decltype(most)::value>, blocks, kFewThreads, problem,
+                    tile.chunk, pieces, out);
+      });
+    }
+    if (tile.path == Path::kRows)
+      return dispatch_bool(out.hits || problem.spread > 0, [&](auto extras) {
+        dispatch_int<32, 128, 256, 512>(tile.group, [&](auto group) {
+          constexpr int kGroup = decltype(group)::value;
+          call.launch(rows_forward_kernel<T, kGroup, decltype(extras)::value, false>, blocks,
+                      kRowsThreads<kGroup>, problem, static_cast<int>(tile.chunk), out,
+                      GradientOutput<T>{});
+        });
+      });
+  }
+  dispatch_int<1, kWarpSize, kThreads>(tile.group, [&](auto group) {
+    call.launch(general_forward_kernel<T, Acc, decltype(group)::value>, blocks, kThreads, problem,
+                tile.chunk, out);
+  });
+}
+
+// Loss and gradient from one read of the logits.
+template <typename T>
+void launch_forward_with_grad(const Call& call, const ForwardTile& tile,
+                              const Problem<T, float>& problem, const Outputs<T, float>& out,
+                              const Tensor& grad) {
+  // Some 4096 targets to a block that counts, and few enough of them for every block to add up.
+  const int parts = static_cast<int>(std::clamp<int64_t>(problem.layout.rows / 4096, 1, 32));
+  const bool divide = call.reduction == kMean;
+  const Tensor weights = divide ? empty_flat({parts}, ScalarType::Double, call.input) : no_tensor();
+  GradientOutput<T> output{static_cast<T*>(grad.mutable_data_ptr()),
+                           data_if<double>(weights, divide), parts, 0};
+  if (divide)
+    call.launch(count_kernel<T>, dim3(parts), kCountThreads, problem,
+                data_if<double>(weights, true));
+  dispatch_bool(out.hits || problem.spread > 0, [&](auto extras) {
+    dispatch_int<32, 128, 256, 512, 1024>(tile.group, [&](auto group) {
+      constexpr int kGroup = decltype(group)::value;
+      constexpr int kBlock = kRowsThreads<kGroup>, kSlot = kBlock * 16;
+      const int64_t vectors = problem.layout.C * sizeof(T) / 16;
+      const int64_t left = std::max<int64_t>(vectors - kBatch * kGroup, 0);
+      output.stash = static_cast<int>(std::min<int64_t>(
+          blocks_for(left, kGroup), (call.launch.max_shared_bytes() - 8192) / kSlot));
+      call.launch.with_shared(
+          output.stash * kSlot, rows_forward_kernel<T, kGroup, decltype(extras)::value, true>,
+          dim3(tile.blocks), kBlock, problem, static_cast<int>(tile.chunk), out, output);
+    });
+  });
 }
 
 }  // namespace
@@ -396,46 +326,51 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
   const CrossEntropyShape s =
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
   check_cross_entropy_outputs(op, s, save, count_hits);
-  const RowLayout layout = row_layout(op, s, {&input, s.prob ? &target : nullptr, nullptr});
   const ScalarType type = input.scalar_type();
   const ScalarType loss_type = float_loss ? accumulate_type(type) : type;
   const bool wide_loss = loss_type == accumulate_type(type), each = reduction == kNone;
-  Tensor loss = empty_flat(each ? s.batch : std::vector<int64_t>{}, loss_type, input);
-  const Tensor rows = empty_saved(save ? kSaveRows : kSaveNothing, layout.rows, input);
-  const Tensor hits = empty_hits(count_hits, input);
-  const Tensor flat = s.prob ? target : torch::stable::contiguous(target);
-  const int group = threads_per_row(layout);
-  // Without logits every sum is 0 and every mean NaN, as in PyTorch.
-  const int64_t chunk = rows_per_block(layout.rows, group);
-  const int64_t blocks = layout.C == 0 && !each ? 0 : (layout.rows + chunk - 1) / chunk;
-  const bool sums_wanted = !each || count_hits;
-  const Tensor partial =
-      empty_flat({sums_wanted ? kPartialSums * blocks : 0}, ScalarType::Double, input);
+  const Tensor flat = flat_target(s, target);
   const Launcher launch(input);
+  const Call call{
+      op,    s, input, flat, weight, ignore_index, reduction, effective_smoothing(label_smoothing),
+      launch};
+  const Tensor grad = save == kSaveGrad ? new_like(input) : no_tensor();
+  const RowLayout layout = call.layout(save == kSaveGrad ? &grad : nullptr);
+  const ForwardTile tile = forward_tile(call, layout, save == kSaveGrad ? &grad : nullptr);
+  // Without logits every sum is 0 and every mean NaN, as in PyTorch.
+  const int64_t blocks = layout.C == 0 && !each ? 0 : tile.blocks;
+  const bool save_rows = save == kSaveRows || (save == kSaveGrad && !tile.grad);
+
+  Tensor loss = empty_flat(each ? s.batch : std::vector<int64_t>{}, loss_type, input);
+  const Tensor rows = empty_saved(save_rows ? kSaveRows : kSaveNothing, layout.rows, input);
+  const Tensor hits = empty_hits(count_hits, input);
+  const bool sums = !each || count_hits, several = sums && blocks > 1;
+  constexpr int64_t kSumsDoubles = sizeof(Sums) / sizeof(double);
+  const Tensor of_block =
+      several ? empty_flat({kSumsDoubles * blocks}, ScalarType::Double, input) : no_tensor();
   dispatch_types(type, [&](auto t, auto acc) {
     using T = decltype(t);
     using Acc = decltype(acc);
-    const Problem<T, Acc> problem = make_problem<T, Acc>(
-        layout, s, input, flat, weight, ignore_index, effective_smoothing(label_smoothing));
-    Acc* save_to = data_if<Acc>(rows, save);
-    T* narrow = data_if<T>(loss, !wide_loss);
-    Acc* wide = data_if<Acc>(loss, wide_loss);
-    double* sums = data_if<double>(partial, sums_wanted);
-    if (blocks > 0)
-      dispatch_group(group, [&](auto threads) {
-        launch(forward_kernel<T, Acc, decltype(threads)::value>, dim3(blocks), kThreads, problem,
-               chunk, save_to, each ? narrow : nullptr, each ? wide : nullptr, count_hits, sums);
-      });
-    if (sums_wanted)
-      launch(finish_kernel<T, Acc>, dim3(1), kThreads, static_cast<const double*>(sums), blocks,
-             reduction == kMean, save_to ? save_to + 2 * layout.rows : nullptr,
-             each ? nullptr : narrow, each ? nullptr : wide, data_if<int64_t>(hits, count_hits));
+    const Outputs<T, Acc> out{data_if<Acc>(rows, save_rows),
+                              each,
+                              reduction == kMean,
+                              data_if<T>(loss, !wide_loss),
+                              data_if<Acc>(loss, wide_loss),
+                              data_if<int64_t>(hits, count_hits),
+                              sums,
+                              data_if<Sums>(of_block, several),
+                              several ? launch.counter() : nullptr};
+    if (blocks > 0) {
+      const Problem<T, Acc> problem = call.problem<T, Acc>(layout);
+      if constexpr (std::is_same_v<Acc, float>)
+        if (tile.grad) launch_forward_with_grad<T>(call, tile, problem, out, grad);
+      if (!tile.grad) launch_forward(call, tile, problem, out);
+    }
+    if (sums && blocks != 1 && !out.counter)
+      launch(finish_kernel<T, Acc>, dim3(1), kFinishThreads, out, blocks, layout.rows);
   });
-  if (save != kSaveGrad) return {loss, rows, hits};
-  return {loss,
-          launch_backward(std::nullopt, input, flat, weight, rows, s, ignore_index, reduction,
-                          label_smoothing),
-          hits};
+  if (save == kSaveGrad && !tile.grad) launch_backward(call, std::nullopt, rows, grad);
+  return {loss, save == kSaveGrad ? grad : rows, hits};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
@@ -445,8 +380,31 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   const CrossEntropyShape s =
       check_cross_entropy(op, input, target, weight, ignore_index, reduction, label_smoothing);
   check_cross_entropy_backward(s, grad_loss, input, saved, reduction);
-  return launch_backward(torch::stable::contiguous(grad_loss), input, target, weight, saved, s,
-                         ignore_index, reduction, label_smoothing);
+  const Tensor flat = flat_target(s, target), grad = new_like(input);
+  const Launcher launch(input);
+  const Call call{
+      op,    s, input, flat, weight, ignore_index, reduction, effective_smoothing(label_smoothing),
+      launch};
+  launch_backward(call,
+                  grad_loss.is_contiguous() ? grad_loss : torch::stable::contiguous(grad_loss),
+                  saved, grad);
+  return grad;
+}
+
+void cross_entropy_scale(const Tensor& grad, const Tensor& grad_loss, const Tensor& target,
+                         int64_t ignore_index) {
+  const CrossEntropyShape s = check_cross_entropy_scale(grad, grad_loss, target, ignore_index);
+  if (grad.numel() == 0) return;
+  const RowLayout layout = row_layout("cross_entropy_scale_", s, {&grad, nullptr, &grad});
+  const Tensor flat = flat_target(s, target);
+  const Launcher launch(grad);
+  dispatch_types(grad.scalar_type(), [&](auto t, auto acc) {
+    using T = decltype(t);
+    using Acc = decltype(acc);
+    launch(scale_kernel<T, Acc>, dim3(std::min<int64_t>(layout.rows, kScaleBlocks)), kScaleThreads,
+           make_problem<T, Acc>(layout, s, grad, flat, std::nullopt, ignore_index, 0),
+           make_scale<T, Acc>(grad_loss, false, nullptr), static_cast<T*>(grad.mutable_data_ptr()));
+  });
 }
 
 }  // namespace fastcls::cuda

@@ -6,7 +6,8 @@
 //   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
 //   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, __byte_perm, __vcmpeq4, uint2, uint4, and the functions below
+//   __umulhi, __byte_perm, __vcmpeq4, fmaxf, uint2, uint4, atomicInc, __threadfence, and the
+//   functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
@@ -43,6 +44,22 @@ __device__ inline uint32_t shift_left(uint32_t value, uint32_t bits) {
 using SharedAddress = unsigned;
 __device__ inline SharedAddress shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// 2^x to some 2^-22, results below 2^-126 as 0.
+__device__ inline float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+
+// Makes the compiler take these bits for new ones: what it has made of them before is made again
+// instead of kept in registers.
+__device__ inline void forget(uint4& bits) {
+  asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
 }
 
 // ---- Matrix fragments. In a warp, thread 4 g + t holds of an 8 x 8 matrix of 16-bit elements, or

@@ -15,4 +15,5 @@ STABLE_TORCH_LIBRARY_IMPL(FASTCLS_CUDA_NAMESPACE, FASTCLS_CUDA_KEY, m) {
   m.impl("conv_block_path", TORCH_BOX(&fastcls::cuda::conv_block_path));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastcls::cuda::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastcls::cuda::cross_entropy_backward));
+  m.impl("cross_entropy_scale_", TORCH_BOX(&fastcls::cuda::cross_entropy_scale));
 }

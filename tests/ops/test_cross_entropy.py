@@ -1073,33 +1073,181 @@ def cuda_kernels(request, monkeypatch):
         return torch.device("cuda")
     monkeypatch.setattr(functional, "_ops", emulator.load())
     monkeypatch.setattr(functional, "_plain_cross_entropy", lambda *_: None)
+    monkeypatch.setattr(functional, "_on_cuda", lambda input: True)
     return torch.device("cpu")
 
 
+@pytest.fixture(params=["rows", "gradient"])
+def saved(request, monkeypatch):
+    """What the forward pass saves on CUDA, whatever the size, where it has the choice."""
+    monkeypatch.setattr(functional, "_ONE_READ_BYTES", 0 if request.param == "gradient" else 2**60)
+    return request.param
+
+
 CUDA_SHAPES = [
-    ((37, 10), "one thread to a row, a rest of a block"),
-    ((3, 17), "one warp to a row, fewer classes than lanes"),
+    ((37, 10), "few classes: a thread to a row, a rest of a block"),
+    ((130, 3), "few classes in several blocks, odd rows"),
+    ((5, 32), "the most classes of a thread"),
+    ((3, 33), "one warp to a row, fewer vectors than lanes, rows that start anywhere"),
     ((13, 100), "several warps in a block"),
-    ((2, 2500), "one block to a row"),
-    ((2, 7, 9), "classes strided: one thread to a row"),
+    ((4, 513), "vectors, and single elements at both ends"),
+    ((2, 2500), "128 threads to a row"),
+    ((2, 4101), "256 threads to a row in bfloat16, 512 in float32"),
+    ((2, 9001), "512 threads in bfloat16; in float32 with vectors in shared memory"),
+    ((2, 17003), "shared memory in bfloat16 too"),
+    ((2, 7, 9), "classes strided: the plain kernels"),
+    ((3, 1, 40), "rows of one class that the layout calls strided"),
 ]
+LONG_SHAPES = [
+    ((2, 41003), "float32: more than 1024 threads keep, the rest of the row is read again"),
+    ((2, 75003), "the same in bfloat16"),
+]
+
+
+def check_cuda_kernels(shape, kind, dtype, device):
+    input, target = make_case(shape, kind, dtype, device)
+    for reduction, smoothing, weighted in [
+        ("none", 0.0, True),
+        ("mean", 0.1, True),
+        ("mean", 0.1, False),
+        ("mean", 0.0, False),
+        ("mean", 0.0, True),
+        ("sum", 0.1, False),
+    ]:
+        weight = class_weight(shape[1], dtype, device) if weighted else None
+        what = f"{reduction} {smoothing} {weighted}"
+        arguments = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_like_native(input, target, weight, what, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["ignore", "prob"])
 @pytest.mark.parametrize("shape", [s for s, _ in CUDA_SHAPES], ids=str)
-def test_cuda_kernels(cuda_kernels, shape, kind, dtype):
-    input, target = make_case(shape, kind, dtype, cuda_kernels)
-    for reduction, smoothing, weighted in [
-        ("none", 0.0, True),
-        ("mean", 0.1, True),
-        ("mean", 0.0, False),
-        ("sum", 0.1, False),
+def test_cuda_kernels(cuda_kernels, saved, shape, kind, dtype):
+    if saved == "gradient" and (kind == "prob" or dtype in (torch.float16, torch.float64)):
+        pytest.skip("saves rows all the same")
+    check_cuda_kernels(shape, kind, dtype, cuda_kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [s for s, _ in LONG_SHAPES], ids=str)
+def test_cuda_kernels_of_long_rows(cuda_kernels, saved, shape, dtype):
+    check_cuda_kernels(shape, "ignore", dtype, cuda_kernels)
+
+
+@pytest.mark.parametrize("shape", [(262150, 2), (8201, 33), (2050, 1040)], ids=str)
+def test_cuda_kernels_with_several_turns_to_a_block(cuda_kernels, saved, shape):
+    """More rows than there may be blocks, and more than one block to count the targets."""
+    input, target = make_case(shape, "ignore", torch.bfloat16, cuda_kernels)
+    assert_like_native(input, target)
+    assert_hits(input, target, weight=class_weight(shape[1], torch.bfloat16, cuda_kernels))
+
+
+def misaligned(input, start, row):
+    """The same logits, their rows `row` elements apart, the first one `start` elements off."""
+    rows, C = input.shape
+    storage = torch.full((start + rows * row + 8,), NAN, dtype=input.dtype, device=input.device)
+    return storage.as_strided((rows, C), (row, 1), start).copy_(input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cuda_kernels_tails(cuda_kernels, saved, smoothing, dtype):
+    """Every length modulo a vector, from every start within one."""
+    arguments = {"label_smoothing": smoothing, "reduction": "mean"}
+    for C in [*range(1, 18), 31, *range(32, 50), *range(253, 262)]:
+        input, target = make_case((5, C), "ignore", dtype, cuda_kernels, seed=C)
+        expected = value_and_grad(cross_entropy, input, target, **arguments)
+        assert_like_native(input, target, what=f"{C}", **arguments)
+        for start, row in [(1, C), (2, C + 1), (4, C + 4), (7, C + 8), (8, C + 16)]:
+            x = misaligned(input, start, row)
+            ours = value_and_grad(cross_entropy, x, target, **arguments)
+            for mine, theirs in zip(ours, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [INF, NAN, 0.0, 0.3, 65536.0])
+@pytest.mark.parametrize("C", [10, 100, 4101])
+def test_cuda_kernels_loss_scales(cuda_kernels, saved, C, scale):
+    input, target = make_case((9, C), "ignore", device=cuda_kernels)
+    input.requires_grad_()
+    losses = [function(input, target) for function in (cross_entropy, reference.cross_entropy)]
+    ours, native = (torch.autograd.grad(loss * scale, input)[0] for loss in losses)
+    assert (ours[target == IGNORED] == 0).all()
+    assert (ours.isfinite() == native.isfinite()).all()
+    finite = native.isfinite()
+    torch.testing.assert_close(
+        ours[finite], native[finite], rtol=1e-4, atol=1e-8 if scale < 1 else 0
+    )
+
+
+@pytest.mark.parametrize("C", [10, 100])
+def test_cuda_kernels_backward_twice(cuda_kernels, saved, C):
+    input, target = make_case((21, C), "ignore", device=cuda_kernels)
+    x = input.clone().requires_grad_()
+    loss = cross_entropy(x, target)
+    first = torch.autograd.grad(loss * 3, x, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(loss * 3, x)[0]
+    assert first.equal(kept) and second.equal(kept) and first.data_ptr() != second.data_ptr()
+    assert x.equal(input)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_in_place(cuda_kernels, dtype, layout):
+    """The op that the backward pass calls, on CUDA's kernels and on the CPU's."""
+    grad, target = make_case((3, 5, 4, 6), "ignore", dtype)
+    grad = with_layout(grad, layout)
+    for scale in (1.0, 0.25, INF):
+        expected = torch.where((target == IGNORED).unsqueeze(1), grad, grad * scale)
+        for ops, device in ((torch.ops.fastcls, "cpu"), (functional._ops, cuda_kernels)):
+            scaled = torch.empty_like(grad, device=device).copy_(grad)
+            factor = torch.tensor(scale, dtype=dtype, device=device)
+            ops.cross_entropy_scale_(scaled, factor, target.to(device), IGNORED)
+            torch.testing.assert_close(scaled.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_in_place_checks_its_arguments():
+    scale = torch.ops.fastcls.cross_entropy_scale_
+    grad, target = make_case((3, 5), "index")
+    one = torch.tensor(1.0)
+    for arguments, message in [
+        ((grad, one[None], target), r"grad_loss must have shape \(\)"),
+        ((grad, one.double(), target), "grad_loss must be Float like grad"),
+        ((grad, one, target[:2]), "target must have batch size 3"),
+        ((grad, one, grad), "target must hold class indices"),
     ]:
-        weight = class_weight(shape[1], dtype, cuda_kernels) if weighted else None
-        what = f"{reduction} {smoothing} {weighted}"
-        arguments = {"reduction": reduction, "label_smoothing": smoothing}
-        assert_like_native(input, target, weight, what, **arguments)
+        with pytest.raises(RuntimeError, match=f"cross_entropy_scale_: {message}"):
+            scale(*arguments, IGNORED)
+    torch.library.opcheck(torch.ops.fastcls.cross_entropy_scale_.default, (grad, one, target, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_saved_on_cuda(monkeypatch, dtype):
+    """The gradient only where one read of the logits serves, and rows in every other case."""
+    monkeypatch.setattr(functional, "_on_cuda", lambda input: True)
+    monkeypatch.setattr(functional, "_ONE_READ_BYTES", 3 * 100 * dtype.itemsize)
+    input, target = make_case((3, 100), "index", dtype)
+    weight = class_weight(100, dtype)
+
+    def saved(input, target=target, weight=None, reduction=1, smoothing=0.0):
+        settings = (IGNORED, reduction, smoothing)
+        return functional._save_of(input, target, weight, settings)
+
+    served = dtype in (torch.float32, torch.bfloat16)
+    assert saved(input) == (functional._SAVE_GRAD if served else functional._SAVE_ROWS)
+    assert saved(input, weight=weight) == saved(input, smoothing=0.1) == saved(input)
+    rows = [
+        saved(input[:2]),
+        saved(input, reduction=0),
+        saved(input, input.softmax(1)),
+        saved(input, weight=weight, smoothing=0.1),
+        saved(input.t().contiguous().t()),
+        saved(torch.zeros(60, 20, dtype=dtype)),
+        saved(torch.zeros(300, dtype=dtype)),
+    ]
+    assert set(rows) == {functional._SAVE_ROWS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1119,12 +1267,12 @@ def test_cuda_kernels_index_dtypes(cuda_kernels, dtype):
 
 @pytest.mark.parametrize("edge", EDGE_ROWS)
 @pytest.mark.parametrize("C", [5, 40])
-def test_cuda_kernels_infinite_and_nan_logits(cuda_kernels, C, edge):
+def test_cuda_kernels_infinite_and_nan_logits(cuda_kernels, saved, C, edge):
     logits, target = EDGE_ROWS[edge]
     input = torch.tensor([logits + [0.5] * (C - 5)] * 2, device=cuda_kernels)
     index = torch.full((2,), target, device=cuda_kernels)
-    for smoothing in (0.0, 0.1):
-        arguments = {"label_smoothing": smoothing, "reduction": "none"}
+    for smoothing, reduction in itertools.product((0.0, 0.1), ("none", "sum")):
+        arguments = {"label_smoothing": smoothing, "reduction": reduction}
         ours = value_and_grad(cross_entropy, input, index, **arguments)
         native = value_and_grad(reference.cross_entropy, input, index, **arguments)
         torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
@@ -1150,12 +1298,14 @@ def test_cuda_kernels_empty(cuda_kernels, shape):
         torch.testing.assert_close(ours, native, equal_nan=True)
 
 
-@pytest.mark.parametrize("C", [10, 100])
-@pytest.mark.parametrize("outside", [-1, 100, 2**40])
-def test_out_of_range_target_on_cuda_is_nan(cuda_kernels, outside, C):
+@pytest.mark.parametrize("C", [10, 101])
+@pytest.mark.parametrize("outside", [-1, 101, 2**40])
+def test_out_of_range_target_on_cuda_is_nan(cuda_kernels, saved, outside, C):
     input, target = make_case((9, C), "index", device=cuda_kernels)
     target[3] = outside
     loss, grad = value_and_grad(cross_entropy, input, target, reduction="none")
     assert loss[3].isnan() and loss.isnan().sum() == 1
     assert grad[3].isnan().all() and grad.isnan().sum() == C
-    assert cross_entropy(input, target).isnan()
+    loss, grad = value_and_grad(cross_entropy, input, target)
+    assert loss.isnan()
+    assert grad[3].isnan().all() and grad.isnan().sum() == C

@@ -10,6 +10,7 @@
 // numbers; under AddressSanitizer each shared array and each tensor ends in a red zone.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +29,13 @@
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 // Of the thread that runs. Blocks are one-dimensional: threadIdx.y and z stay 0.
@@ -103,6 +111,19 @@ namespace fastcls::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+inline void forget(uint4&) {}
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 inline void trap() { throw std::runtime_error("emulator: trap"); }
 
@@ -184,6 +205,14 @@ inline unsigned __vcmpeq4(unsigned a, unsigned b) {
     if (((a ^ b) & byte) == 0) result |= byte;
   return result;
 }
+
+// Threads run one at a time.
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
+  const unsigned old = *counter;
+  *counter = old >= last ? 0 : old + 1;
+  return old;
+}
+inline void __threadfence() {}
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 

@@ -1,0 +1,85 @@
+// One row of logits with neighbouring classes and a class index: its exponentials, its loss and its
+// gradient, for the kernels of few classes and those of vectors.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/cross_entropy_common.h"
+
+namespace fastcls::cuda {
+
+// exp(x) for x <= 0. The hardware's exponential errs by 2^-22 or so, which 16-bit logits can't
+// show; it is what leaves the kernels waiting for memory and not for arithmetic.
+template <typename T>
+__device__ float exp_of(float x) {
+  if constexpr (std::is_same_v<T, float>) return std::exp(x);
+  return exp2_approx(x * 1.44269504f);
+}
+
+// Maximum and sum of exp(x - maximum), of part of a row or all of it. A NaN leaves the maximum as
+// it is and makes the sum NaN.
+template <typename T>
+struct Softmax {
+  float m = -kInfinity<float>, sum = 0;
+
+  // What logits are taken from: -inf - -inf would be NaN where exp is to be 0.
+  __device__ float base() const { return m == -kInfinity<float> ? 0.f : m; }
+  __device__ void raise(float maximum) {
+    const float old = m;
+    m = fmaxf(m, maximum);
+    sum *= exp_of<T>(old - base());
+  }
+};
+
+// What there is to know of a row besides its softmax.
+struct RowExtras {
+  float below = 0;  // sum of (x - reference), where labels are smoothed
+  int beaten = 0;   // by a NaN, or by a class that argmax would prefer to the target's
+  float reference = 0;
+  float x_y = 0;  // the target's logit
+  int y = -1;
+
+  __device__ void add(float x, int c) {
+    below += x - reference;
+    beaten |= !(c < y ? x < x_y : x <= x_y);
+  }
+};
+
+// Any finite number will do; near the logits, their sum keeps its digits.
+__device__ inline float reference_of(float x) { return x - x == 0 ? x : 0.f; }
+
+// Sum of q (log_sum + m - x) over the row.
+template <typename T>
+__device__ float row_loss(const Problem<T, float>& problem, const TargetClass<float>& target,
+                          float m, float log_sum, const RowExtras& extras) {
+  if (target.ignored) return 0;
+  if (!target.valid) return kNaN<float>;
+  float loss = problem.keep * target.weight * (log_sum - (extras.x_y - m));
+  if (problem.spread > 0) {
+    const float C = static_cast<float>(problem.layout.C);
+    loss += problem.spread * (C * log_sum + (C * (m - extras.reference) - extras.below));
+  }
+  return loss;
+}
+
+// d loss / d x = scale (Q p - q); q is `spread` for each class and `at_target` more for the target.
+template <typename T>
+struct RowGradient {
+  float m, log_sum, scale, q_sum, spread, at_target;
+
+  __device__ RowGradient(const Problem<T, float>& problem, const TargetClass<float>& target,
+                         float m, float log_sum, float scale)
+      : m(m),
+        log_sum(log_sum),
+        scale(target.valid ? scale : kNaN<float>),
+        spread(problem.spread),
+        at_target(target.valid ? problem.keep * target.weight : 0.f) {
+    q_sum = spread * static_cast<float>(problem.layout.C) + at_target;
+  }
+  __device__ float operator()(float x, bool is_target) const {
+    const float p = exp_of<T>((x - m) - log_sum);
+    return scale * ((q_sum * p - spread) - (is_target ? at_target : 0.f));
+  }
+};
+
+}  // namespace fastcls::cuda
