@@ -3,20 +3,26 @@
 `pytest bench/ --benchmark` measures; without the flag the same files are quick checks.
 """
 
-import datetime
 import gc
 
 import pytest
 import report
 import roofline
 import torch
-from measure import alternate, on_cuda
-
-import fastcls
+from measure import Gpu, alternate, arithmetic, on_cuda
 
 PEERS = ["eager", "eager-cl", "compile", "compile-cl"]
-# On CUDA channels-last alone: eager, eager in CUDA graphs, where launches cost nothing, compiled.
-CUDA_PEERS = ["eager-cl", "eager-graph-cl", "compile-cl", "compile-max-cl"]
+# On CUDA channels-last alone: eager and compiled, as they are and in CUDA graphs, where launches
+# cost nothing, and compiled by max-autotune. Then libraries for the loss, where they are installed.
+CUDA_PEERS = [
+    *["eager-cl", "eager-graph-cl", "compile-cl", "compile-graph-cl", "compile-max-graph-cl"],
+    *["liger", "quack", "quack-graph"],
+]
+# Of a row; a module may have others. "tf32" is PyTorch's default for float32 convolutions on CUDA.
+DTYPES = {
+    "cpu": ["float32", "bfloat16"],
+    "cuda": ["bfloat16", "float16", "tf32", "float32"],
+}
 QUICK_BATCH = 2
 
 
@@ -39,7 +45,12 @@ def pytest_addoption(parser):
     peers = sorted({*PEERS, *CUDA_PEERS})
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     group.addoption("--peers", type=_names, help=f"of {','.join(peers)}")
-    group.addoption("--seconds", type=float, default=4.0, help="time per row (default: 4)")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="time per row (default: 4); 0: every side runs, which fills the caches of compilers",
+    )
     group.addoption("--json", metavar="FILE", help="keep the rows in FILE; auto: in bench/results")
 
 
@@ -51,7 +62,6 @@ def pytest_configure(config):
     if config.getoption("device") == "cuda" and torch.cuda.is_available():
         torch.set_default_device("cuda")
     config.option.benchmark_quiet = True  # the summary below shows all sides, not ours alone
-    config.rows = []
 
 
 def pytest_collection_modifyitems(config, items):
@@ -72,11 +82,18 @@ def pytest_generate_tests(metafunc):
             counts |= {1}
         counts = sorted(metafunc.config.getoption("threads") or counts)
         metafunc.parametrize("threads", counts, ids=lambda n: f"{n}t", indirect=True)
+    device = metafunc.config.getoption("device")
+    if "dtype" in metafunc.fixturenames:
+        names = getattr(metafunc.module, "DTYPES", DTYPES)[device]
+        metafunc.parametrize("dtype", names, indirect=True)
     if "case" in metafunc.fixturenames:
         batches = metafunc.config.getoption("batch") if measuring else [QUICK_BATCH]
+        cases = metafunc.module.CASES
+        if device == "cuda":
+            cases = getattr(metafunc.module, "CUDA_CASES", cases)
         pairs = [
             (case, batch)
-            for case in _chosen(metafunc.module.CASES, metafunc.config.getoption("only"))
+            for case in _chosen(cases, metafunc.config.getoption("only"))
             for batch in (batches if case.batch == type(case).batch else [case.batch])
         ]
         if not measuring:
@@ -98,12 +115,32 @@ def threads(request):
 
 
 @pytest.fixture
+def dtype(request):
+    with arithmetic(request.param):
+        yield request.param
+
+
+@pytest.fixture
 def peers(request):
     return request.config.getoption("peers")
 
 
 @pytest.fixture
-def measure(request, threads):
+def gpu():
+    """The GPU, shared with other processes that prepare; None on a CPU."""
+    if not on_cuda():
+        yield None
+        return
+    gpu = Gpu()
+    gpu.share()
+    yield gpu
+    gc.collect()
+    torch.cuda.empty_cache()
+    gpu.leave()
+
+
+@pytest.fixture
+def measure(request, threads, gpu):
     """``measure(row, sides)`` times the sides and keeps the row; None without --benchmark.
 
     The row says what was run: op, case, mode, dtype, batch, and bytes and flops where they are
@@ -115,12 +152,18 @@ def measure(request, threads):
         return
 
     def measured(row, sides):
-        benchmark = request.getfixturevalue("benchmark")
-        times = alternate(benchmark, sides, config.getoption("seconds"), threads)
-        row |= {"threads": threads, "seconds": times} | _circumstances(row, threads)
-        config.rows.append(row)
-        if path := config.getoption("json"):
-            report.keep(row, report.machine_file() if path == "auto" else path)
+        seconds, path = config.getoption("seconds"), config.getoption("json")
+        if gpu and seconds:
+            alternate(None, sides, 0, threads)  # compiles, while others do
+            gpu.take()
+        times = alternate(lambda: request.getfixturevalue("benchmark"), sides, seconds, threads)
+        if times:
+            row |= {"seconds": times} | roofline.circumstances(row["dtype"], threads)
+            request.node.user_properties.append(("row", row))
+            if path:
+                report.keep(row, report.machine_file() if path == "auto" else path)
+        if gpu:
+            gpu.share()
 
     # Inductor writes the thread count into its code, and looks compiled code up by its config.
     with torch._inductor.config.patch({"cpp.threads": threads}):
@@ -129,25 +172,15 @@ def measure(request, threads):
     gc.collect()
 
 
-def _circumstances(row, threads):
-    info = fastcls.build_info()
-    isa, torch_isa = info["cpu_isa"], torch.backends.cpu.get_cpu_capability()
-    if on_cuda():
-        isa, torch_isa = "CUDA", f"CUDA {torch.version.cuda}, driver {roofline.driver()}"
-    return {
-        "peak_flops": roofline.peak_flops(getattr(torch, row["dtype"]), threads),
-        "copy_bytes": roofline.copy_bandwidth(threads),
-        "cpu": roofline.device_name(),
-        "cores": roofline.cores(),
-        "isa": isa,
-        "torch_isa": torch_isa,
-        "torch": torch.__version__,
-        "fastcls": info["fastcls"],
-        "date": datetime.date.today().isoformat(),
-    }
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        rows.extend(value for name, value in report.user_properties if name == "row")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if config.rows:
+rows = []  # measured in this process or, with pytest -n, in others
+
+
+def pytest_terminal_summary(terminalreporter):
+    if rows:
         terminalreporter.section("benchmarks")
-        terminalreporter.write_line(report.text(config.rows))
+        terminalreporter.write_line(report.text(rows))
