@@ -12,6 +12,7 @@ from fastcls import FusedConvBlock
 from fastcls.reference import NativeConvBlock
 
 CASES = REFERENCE
+FEW_COMPILED = [("train", "bfloat16"), ("train", "tf32")]  # with --few-compiled
 # Buffers to rotate over: enough to leave the caches, few enough to fit the memory.
 BUFFER_BYTES, MAX_BUFFERS = 256 << 20, 8
 

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from measure import Replay, autocast, on_cuda, rotate, torch_dtype
 

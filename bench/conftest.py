@@ -43,6 +43,7 @@ def pytest_addoption(parser):
     )
     group.addoption("--only", type=_names, help="names of cases: mnist1,mnist2")
     peers = sorted({*PEERS, *CUDA_PEERS})
+    group.addoption("--dtypes", type=_names, help="bfloat16,tf32 (default: all)")
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     group.addoption("--peers", type=_names, help=f"of {','.join(peers)}")
     group.addoption(
@@ -50,6 +51,11 @@ def pytest_addoption(parser):
         type=float,
         default=4.0,
         help="time per row (default: 4); 0: every side runs, which fills the caches of compilers",
+    )
+    group.addoption(
+        "--few-compiled",
+        action="store_true",
+        help="compiled peers of conv_block in training with bfloat16 and tf32 only: minutes less",
     )
     group.addoption("--json", metavar="FILE", help="keep the rows in FILE; auto: in bench/results")
 
@@ -59,6 +65,9 @@ def pytest_configure(config):
     config.option.peers = config.getoption("peers") or known
     if unknown := set(config.option.peers) - set(known):
         raise pytest.UsageError(f"--peers: {', '.join(unknown)} not among {', '.join(known)}")
+    several = getattr(config.option, "numprocesses", None) and config.getoption("seconds")
+    if several and config.getoption("benchmark") and config.getoption("device") == "cpu":
+        raise pytest.UsageError("-n: on the CPU processes would be in each other's times")
     if config.getoption("device") == "cuda" and torch.cuda.is_available():
         torch.set_default_device("cuda")
     config.option.benchmark_quiet = True  # the summary below shows all sides, not ours alone
@@ -77,15 +86,18 @@ def pytest_generate_tests(metafunc):
     """
     measuring = metafunc.config.getoption("benchmark")
     if "threads" in metafunc.fixturenames:
-        counts = {torch.get_num_threads()}
-        if measuring and metafunc.config.getoption("device") == "cpu":
-            counts |= {1}
+        counts = {
+            1
+        }  # on CUDA; of more the processes that prepare rows would only be in each other's way
+        if metafunc.config.getoption("device") == "cpu":
+            counts = {torch.get_num_threads(), *(counts if measuring else ())}
         counts = sorted(metafunc.config.getoption("threads") or counts)
         metafunc.parametrize("threads", counts, ids=lambda n: f"{n}t", indirect=True)
     device = metafunc.config.getoption("device")
     if "dtype" in metafunc.fixturenames:
         names = getattr(metafunc.module, "DTYPES", DTYPES)[device]
-        metafunc.parametrize("dtype", names, indirect=True)
+        chosen = metafunc.config.getoption("dtypes") or names
+        metafunc.parametrize("dtype", [n for n in names if n in chosen], indirect=True)
     if "case" in metafunc.fixturenames:
         batches = metafunc.config.getoption("batch") if measuring else [QUICK_BATCH]
         cases = metafunc.module.CASES
@@ -122,7 +134,13 @@ def dtype(request):
 
 @pytest.fixture
 def peers(request):
-    return request.config.getoption("peers")
+    names = request.config.getoption("peers")
+    chosen = getattr(request.module, "FEW_COMPILED", None)
+    given = request.node.callspec.params
+    few = chosen and request.config.getoption("few_compiled")
+    if few and (given["mode"], given["dtype"]) not in chosen:
+        names = [name for name in names if not name.startswith("compile")]
+    return names
 
 
 @pytest.fixture

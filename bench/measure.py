@@ -180,19 +180,28 @@ class Gpu:
     """The GPU among processes: all of them prepare their rows at once, one measures alone.
 
     So that `pytest -n 12` compiles twelve rows at a time, on a GPU that is silent while one is
-    timed.
+    timed. Who wants it alone keeps the door shut until all others are out.
     """
 
     def __init__(self):
-        self.file = (Path(tempfile.gettempdir()) / "fastcls-bench-gpu.lock").open("w")
+        folder = Path(tempfile.gettempdir())
+        self.door, self.room = (
+            (folder / f"fastcls-bench-{name}.lock").open("w") for name in ("door", "room")
+        )
 
     def share(self):
-        fcntl.flock(self.file, fcntl.LOCK_SH)
+        self.leave()
+        fcntl.flock(self.door, fcntl.LOCK_EX)
+        fcntl.flock(self.room, fcntl.LOCK_SH)
+        fcntl.flock(self.door, fcntl.LOCK_UN)
 
     def take(self):
-        torch.cuda.synchronize()
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.leave()
+        fcntl.flock(self.door, fcntl.LOCK_EX)
+        fcntl.flock(self.room, fcntl.LOCK_EX)
 
     def leave(self):
-        torch.cuda.synchronize()
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        fcntl.flock(self.room, fcntl.LOCK_UN)
+        fcntl.flock(self.door, fcntl.LOCK_UN)

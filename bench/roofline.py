@@ -19,7 +19,7 @@ import fastcls
 
 MATRIX, SMALL_MATRIX = 2048, 256
 GPU_MATRIX = 8192
-COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 2 << 30
+COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 1 << 30
 REPEATS = 5
 
 
@@ -118,7 +118,7 @@ def circumstances(dtype, threads):
         "cores": cores(),
         "isa": isa,
         "torch_isa": torch_isa,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "fastcls": info["fastcls"],
         "date": datetime.date.today().isoformat(),
     }
