@@ -5,8 +5,8 @@
 # cases of them under compute-sanitizer. Rows go to bench/results/<GPU>.json. Without a GPU it says
 # so and shows that the benchmarks are collected.
 #
-# SHORT=1: what fits 200 seconds on 16 cores. Nothing is built where the package has its CUDA
-# kernels; batch 512, the peers that win, no sanitizer, and each part is stopped at its limit.
+# SHORT=1: for a machine lent for minutes. Nothing is built where the package has its CUDA kernels;
+# batch 512, the peers that win, no sanitizer, and each part begins nothing after its seconds.
 # PARTS="bench train tests": these parts. FASTCLS_DATA: the folder that holds MNIST. JSON: a file
 # for the rows instead.
 set -euo pipefail
@@ -27,13 +27,13 @@ if [[ -z $SHORT ]] || ! compgen -G 'fastcls/_cuda*.so' > /dev/null; then
 fi
 export PYTHONPATH=$PWD:$PWD/tests:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}
 processes=$(($(nproc) > 4 ? $(nproc) - 2 : 2))
-one_core="env OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1"  # for processes that share them
+one_core=(env OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1)  # for processes that share them
 
-# Runs the command, with SHORT for so many seconds: an interrupted pytest shows what has failed.
+# Runs the command; with SHORT for so many seconds, after which pytest skips the rest.
 limited() {
-  local limit=()
-  [[ $SHORT ]] && limit=(timeout --foreground --signal=INT --kill-after=10 "$1")
+  local seconds=$1 limit=()
   shift
+  [[ $SHORT ]] && limit=(timeout --kill-after=5 $((seconds + 25)) env FASTCLS_SECONDS="$seconds")
   echo "=== $*"
   "${limit[@]}" "$@" || { status=$? && echo "ended with $status"; }
 }
@@ -51,15 +51,16 @@ for part in $PARTS; do
       else
         options+=(--batch 512,4096 --seconds 1)
       fi
-      limited 95 $one_core python -m pytest -q bench/bench_conv_block.py bench/bench_cross_entropy.py \
-        bench/bench_train.py "${options[@]}" "$@"
+      limited 80 "${one_core[@]}" python -m pytest -p time_limit -q \
+        bench/bench_conv_block.py bench/bench_cross_entropy.py bench/bench_train.py \
+        "${options[@]}" "$@"
       ;;
     train)
-      limited 60 python bench/gpu_train.py --json "$JSON"
+      limited 35 python bench/gpu_train.py --json "$JSON"
       ;;
     tests)
-      limited 75 $one_core python -m pytest -q tests/ops -k "cuda and not emulated" -n "$processes" \
-        --dist worksteal --tb=short -p no:cacheprovider
+      limited 65 "${one_core[@]}" python -m pytest -p time_limit -q tests/ops \
+        -k "cuda and not emulated" -n "$processes" --dist worksteal --tb=short -p no:cacheprovider
       ;;
     sanitizer)
       small="cuda and not emulated and integers and float32-contiguous and (deep3 or cifar1 or rect or overlap)"

@@ -1,5 +1,7 @@
 """Whole epochs on the GPU, and `mnist-speed`: `python bench/gpu_train.py --json auto`.
 
+With tests/ on PYTHONPATH, as bench/gpu.sh has it.
+
 Rows of op ``epoch`` have the seconds of one epoch in float16 autocast with a loss scale:
 
 - ``loader-eager``: what tutorials do, a DataLoader over images and ToTensor, and an eager loop of
@@ -9,8 +11,10 @@ Rows of op ``epoch`` have the seconds of one epoch in float16 autocast with a lo
 - ``fused-graph``: the same trainer with fused layers; ``syncs``: how often a step waits for the GPU
 
 Rows of op ``mnist-speed`` have the seconds of training of that recipe over many seeds, the capture
-of the graph included, and the test accuracies, both sides by the trainer as it is. Images are MNIST's where the folder has them, and
-random bytes else (field ``data``); CIFAR's are always random bytes.
+of the graph included, and the test accuracies, both sides by the trainer as it is.
+
+Images are MNIST's where the folder has them, and random bytes else (field ``data``); CIFAR's are
+always random bytes.
 """
 
 import argparse
@@ -94,8 +98,11 @@ def epoch_of(trainer: Trainer) -> float:
     return seconds
 
 
-def syncs_per_step(trainer: Trainer) -> float:
-    """How often a step waits: of 24 steps and of 4, so that beginning and end do not count."""
+def syncs_per_step(trainer: Trainer) -> float | None:
+    """How often a step waits: of 24 steps and of 4, so that beginning and end do not count.
+
+    None where the profiler sees nothing of the GPU.
+    """
     counts = []
     for steps in (4, 24):
         batches = trainer.data.train.epoch(trainer.epoch)
@@ -104,6 +111,8 @@ def syncs_per_step(trainer: Trainer) -> float:
                 trainer.train_step(images, labels)
         trainer.step = 0
         names = [event.name for event in profile.events()]
+        if not any(name.startswith("cuda") for name in names):
+            return None
         counts.append(sum(name.startswith(SYNCS) for name in names))
     return (counts[1] - counts[0]) / 20
 

@@ -141,7 +141,7 @@ def _cells(row):
         *_rate(row, "bytes", "copy_bytes"),
         *_memory(row),
         _accuracy(row),
-        f"{row['syncs_per_step']:g}" if "syncs_per_step" in row else NONE,
+        NONE if row.get("syncs_per_step") is None else f"{row['syncs_per_step']:g}",
     ]
 
 
