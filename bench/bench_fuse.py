@@ -86,8 +86,8 @@ def make_sides(op, case, mode, batch, peers):
         call, turns = make_call(op, name, net, optimizer, mode), rotate(data)
         return lambda: call(*next(turns))
 
-    if op == "compile":
-        peers = [peer for peer in peers if peer.startswith("compile")]
+    kinds = ("compile",) if op == "compile" else ("eager", "compile")
+    peers = [p for p in peers if p.startswith(kinds) and "-graph" not in p]
     return {name: side(name) for name in ["fused", "fused-cl", *peers]}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from measure import alternate
+from measure import alternate, on_cuda
 from recipe_helpers import write_mnist
 from torch.utils.data import DataLoader
 
@@ -39,6 +39,8 @@ def batches(loader):
 
 
 def test_loader(mnist, request, threads):
+    if on_cuda():
+        pytest.skip("of the CPU")
     loaders = make_loaders(mnist)
     ours, theirs = (batches(loader) for loader in loaders.values())
     for (images, labels), (images2, labels2) in zip(ours, theirs, strict=True):
@@ -50,7 +52,7 @@ def test_loader(mnist, request, threads):
         name: lambda loader=loader: sum(len(labels) for _, labels in batches(loader))
         for name, loader in loaders.items()
     }
-    times = alternate(request.getfixturevalue("benchmark"), sides, SECONDS, threads)
+    times = alternate(lambda: request.getfixturevalue("benchmark"), sides, SECONDS, threads)
     rates = {name: IMAGES / median for name, (_, median, _) in times.items()}
     ratio = rates["memory"] / rates["loader"]
     print(

@@ -4,8 +4,8 @@ Memory is measured in a process of its own, `python bench/bench_train.py NET SID
 which prints what one step takes at its peak beyond the net, its optimiser and the batch.
 """
 
-import contextlib
 import ctypes
+import functools
 import gc
 import os
 import subprocess
@@ -13,9 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
-from measure import rotate
+from measure import Replay, autocast, on_cuda, rotate, torch_dtype
 
 from fastcls import models
 
@@ -35,19 +34,14 @@ CASES = [
     Case("cifar-cnn", models.CifarCnn, (3, 32, 32)),
 ]
 BATCHES_IN_MEMORY = 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def autocast(dtype):
-    return (
-        contextlib.nullcontext()
-        if dtype == torch.float32
-        else torch.autocast(torch.get_default_device().type, dtype)
-    )
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", "tf32", "float32"]}
 
 
 def make_step(case, side, dtype):
-    """A function of (images, labels) that trains a new net one step; returns the loss."""
+    """A function of (images, labels) that trains a new net one step; returns the loss.
+
+    ``side``: "fused", "eager" or "compile", with -cl for channels-last.
+    """
     torch.manual_seed(0)
     layers = "fused" if side.startswith("fused") else "native"
     net = case.net(layers)
@@ -81,12 +75,20 @@ def make_data(case, side, batch):
 
 
 def make_sides(case, dtype, batch, peers):
+    """{name: function that runs one step}; -graph: a CUDA graph with one step for each batch."""
+    names = ["fused-cl", "fused-graph-cl"] if on_cuda() else ["fused", "fused-cl"]
+    names += [name for name in peers if name.split("-")[0] in ("eager", "compile")]
+    step_of = functools.cache(functools.partial(make_step, case, dtype=dtype))
+
     def side(name):
-        step = make_step(case, name, dtype)
-        turns = rotate([make_data(case, name, batch) for _ in range(BATCHES_IN_MEMORY)])
+        step = step_of(name.replace("-graph", "").replace("-max", ""))
+        data = [make_data(case, name, batch) for _ in range(BATCHES_IN_MEMORY)]
+        if "-graph" in name:
+            return Replay([functools.partial(step, *pair) for pair in data])
+        turns = rotate(data)
         return lambda: step(*next(turns))
 
-    return {name: side(name) for name in ["fused", "fused-cl", *peers]}
+    return {name: side(name) for name in names if "-max" not in name}
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -122,7 +124,7 @@ def _resident(field):
 def print_peak_memory(name, side, batch, dtype, threads):
     torch.set_num_threads(int(threads))
     case = next(c for c in CASES if c.name == name)
-    step = make_step(case, side, DTYPES[dtype])
+    step = make_step(case, side, torch_dtype(dtype))
     data = make_data(case, side, int(batch))
     for _ in range(3):  # compiles, and makes libraries keep what they keep
         step(*data)
@@ -139,19 +141,18 @@ def print_peak_memory(name, side, batch, dtype, threads):
 # --------------------------------------------------------------------------------------- tests
 
 
-def check(case, dtype, batch):
+def check(case, name, batch):
     """Two steps fused and native, dropout included, from the same seed: the same losses."""
     data = make_data(case, "fused", batch)
     losses = []
     for side in ("fused", "eager"):
-        step = make_step(case, side, dtype)
+        step = make_step(case, side, torch_dtype(name))
         torch.manual_seed(1)  # of the dropouts
         losses.append(torch.stack([step(*data) for _ in range(2)]))
-    rtol = 1e-4 if dtype == torch.float32 else 2e-2
+    rtol = 1e-4 if name == "float32" else 2e-2
     torch.testing.assert_close(*losses, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_train_step(case, batch, dtype, threads, peers, measure):
     if measure:
         row = {
@@ -162,11 +163,11 @@ def test_train_step(case, batch, dtype, threads, peers, measure):
             "batch": batch,
             "own_batch": False,
         }
-        sides = make_sides(case, DTYPES[dtype], batch, peers)
-        if Path("/proc/self/clear_refs").exists():
+        sides = make_sides(case, torch_dtype(dtype), batch, peers)
+        if not on_cuda() and Path("/proc/self/clear_refs").exists():
             row["peak_memory"] = {s: peak_memory(case, s, batch, dtype) for s in sides}
         measure(row, sides)
-    check(case, DTYPES[dtype], batch)
+    check(case, dtype, batch)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,26 @@
 `pytest bench/ --benchmark` measures; without the flag the same files are quick checks.
 """
 
-import datetime
 import gc
 
 import pytest
 import report
 import roofline
 import torch
-from measure import alternate, on_cuda
-
-import fastcls
+from measure import Gpu, alternate, arithmetic, on_cuda
 
 PEERS = ["eager", "eager-cl", "compile", "compile-cl"]
-# On CUDA channels-last alone: eager, eager in CUDA graphs, where launches cost nothing, compiled.
-CUDA_PEERS = ["eager-cl", "eager-graph-cl", "compile-cl", "compile-max-cl"]
+# On CUDA channels-last alone: eager and compiled, as they are and in CUDA graphs, where launches
+# cost nothing, and compiled by max-autotune. Then libraries for the loss, where they are installed.
+CUDA_PEERS = [
+    *["eager-cl", "eager-graph-cl", "compile-cl", "compile-graph-cl", "compile-max-graph-cl"],
+    *["liger", "quack", "quack-graph"],
+]
+# Of a row; a module may have others. "tf32" is PyTorch's default for float32 convolutions on CUDA.
+DTYPES = {
+    "cpu": ["float32", "bfloat16"],
+    "cuda": ["bfloat16", "float16", "tf32", "float32"],
+}
 QUICK_BATCH = 2
 
 
@@ -37,9 +43,20 @@ def pytest_addoption(parser):
     )
     group.addoption("--only", type=_names, help="names of cases: mnist1,mnist2")
     peers = sorted({*PEERS, *CUDA_PEERS})
+    group.addoption("--dtypes", type=_names, help="bfloat16,tf32 (default: all)")
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     group.addoption("--peers", type=_names, help=f"of {','.join(peers)}")
-    group.addoption("--seconds", type=float, default=4.0, help="time per row (default: 4)")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="time per row (default: 4); 0: every side runs, which fills the caches of compilers",
+    )
+    group.addoption(
+        "--few-compiled",
+        action="store_true",
+        help="compiled peers of conv_block in training with bfloat16 and tf32 only: minutes less",
+    )
     group.addoption("--json", metavar="FILE", help="keep the rows in FILE; auto: in bench/results")
 
 
@@ -48,10 +65,12 @@ def pytest_configure(config):
     config.option.peers = config.getoption("peers") or known
     if unknown := set(config.option.peers) - set(known):
         raise pytest.UsageError(f"--peers: {', '.join(unknown)} not among {', '.join(known)}")
+    several = getattr(config.option, "numprocesses", None) and config.getoption("seconds")
+    if several and config.getoption("benchmark") and config.getoption("device") == "cpu":
+        raise pytest.UsageError("-n: on the CPU processes would be in each other's times")
     if config.getoption("device") == "cuda" and torch.cuda.is_available():
         torch.set_default_device("cuda")
     config.option.benchmark_quiet = True  # the summary below shows all sides, not ours alone
-    config.rows = []
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,16 +86,26 @@ def pytest_generate_tests(metafunc):
     """
     measuring = metafunc.config.getoption("benchmark")
     if "threads" in metafunc.fixturenames:
-        counts = {torch.get_num_threads()}
-        if measuring and metafunc.config.getoption("device") == "cpu":
-            counts |= {1}
+        counts = {
+            1
+        }  # on CUDA; of more the processes that prepare rows would only be in each other's way
+        if metafunc.config.getoption("device") == "cpu":
+            counts = {torch.get_num_threads(), *(counts if measuring else ())}
         counts = sorted(metafunc.config.getoption("threads") or counts)
         metafunc.parametrize("threads", counts, ids=lambda n: f"{n}t", indirect=True)
+    device = metafunc.config.getoption("device")
+    if "dtype" in metafunc.fixturenames:
+        names = getattr(metafunc.module, "DTYPES", DTYPES)[device]
+        chosen = metafunc.config.getoption("dtypes") or names
+        metafunc.parametrize("dtype", [n for n in names if n in chosen], indirect=True)
     if "case" in metafunc.fixturenames:
         batches = metafunc.config.getoption("batch") if measuring else [QUICK_BATCH]
+        cases = metafunc.module.CASES
+        if device == "cuda":
+            cases = getattr(metafunc.module, "CUDA_CASES", cases)
         pairs = [
             (case, batch)
-            for case in _chosen(metafunc.module.CASES, metafunc.config.getoption("only"))
+            for case in _chosen(cases, metafunc.config.getoption("only"))
             for batch in (batches if case.batch == type(case).batch else [case.batch])
         ]
         if not measuring:
@@ -98,12 +127,38 @@ def threads(request):
 
 
 @pytest.fixture
-def peers(request):
-    return request.config.getoption("peers")
+def dtype(request):
+    with arithmetic(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def measure(request, threads):
+def peers(request):
+    names = request.config.getoption("peers")
+    chosen = getattr(request.module, "FEW_COMPILED", None)
+    given = request.node.callspec.params
+    few = chosen and request.config.getoption("few_compiled")
+    if few and (given["mode"], given["dtype"]) not in chosen:
+        names = [name for name in names if not name.startswith("compile")]
+    return names
+
+
+@pytest.fixture
+def gpu():
+    """The GPU, shared with other processes that prepare; None on a CPU."""
+    if not on_cuda():
+        yield None
+        return
+    gpu = Gpu()
+    gpu.share()
+    yield gpu
+    gc.collect()
+    torch.cuda.empty_cache()
+    gpu.leave()
+
+
+@pytest.fixture
+def measure(request, threads, gpu):
     """``measure(row, sides)`` times the sides and keeps the row; None without --benchmark.
 
     The row says what was run: op, case, mode, dtype, batch, and bytes and flops where they are
@@ -115,12 +170,18 @@ def measure(request, threads):
         return
 
     def measured(row, sides):
-        benchmark = request.getfixturevalue("benchmark")
-        times = alternate(benchmark, sides, config.getoption("seconds"), threads)
-        row |= {"threads": threads, "seconds": times} | _circumstances(row, threads)
-        config.rows.append(row)
-        if path := config.getoption("json"):
-            report.keep(row, report.machine_file() if path == "auto" else path)
+        seconds, path = config.getoption("seconds"), config.getoption("json")
+        if gpu and seconds:
+            alternate(None, sides, 0, threads)  # compiles, while others do
+            gpu.take()
+        times = alternate(lambda: request.getfixturevalue("benchmark"), sides, seconds, threads)
+        if times:
+            row |= {"seconds": times} | roofline.circumstances(row["dtype"], threads)
+            request.node.user_properties.append(("row", row))
+            if path:
+                report.keep(row, report.machine_file() if path == "auto" else path)
+        if gpu:
+            gpu.share()
 
     # Inductor writes the thread count into its code, and looks compiled code up by its config.
     with torch._inductor.config.patch({"cpp.threads": threads}):
@@ -129,25 +190,15 @@ def measure(request, threads):
     gc.collect()
 
 
-def _circumstances(row, threads):
-    info = fastcls.build_info()
-    isa, torch_isa = info["cpu_isa"], torch.backends.cpu.get_cpu_capability()
-    if on_cuda():
-        isa, torch_isa = "CUDA", f"CUDA {torch.version.cuda}, driver {roofline.driver()}"
-    return {
-        "peak_flops": roofline.peak_flops(getattr(torch, row["dtype"]), threads),
-        "copy_bytes": roofline.copy_bandwidth(threads),
-        "cpu": roofline.device_name(),
-        "cores": roofline.cores(),
-        "isa": isa,
-        "torch_isa": torch_isa,
-        "torch": torch.__version__,
-        "fastcls": info["fastcls"],
-        "date": datetime.date.today().isoformat(),
-    }
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        rows.extend(value for name, value in report.user_properties if name == "row")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if config.rows:
+rows = []  # measured in this process or, with pytest -n, in others
+
+
+def pytest_terminal_summary(terminalreporter):
+    if rows:
         terminalreporter.section("benchmarks")
-        terminalreporter.write_line(report.text(config.rows))
+        terminalreporter.write_line(report.text(rows))

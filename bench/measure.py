@@ -1,12 +1,20 @@
 """Timing with the sides taking turns: whatever slows the machine down slows every side alike."""
 
+import contextlib
+import fcntl
+import math
 import random
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
+# The GPU's clock counts half microseconds and its events take some: calls between two events go on
+# for as long as this, in seconds, or there are as many.
+BETWEEN_EVENTS, MOST_CALLS = 2e-4, 50
 
 
 def alternate(benchmark, sides, seconds, threads):
@@ -17,14 +25,21 @@ def alternate(benchmark, sides, seconds, threads):
     leaves out what other processes take; more threads by the time that passes.
 
     Args:
-        benchmark: the fixture of pytest-benchmark.
+        benchmark: a function that returns the fixture of pytest-benchmark; for the CPU alone.
         sides: {name: function without arguments}; ours comes first.
-        seconds: time to spend on the rounds; very slow sides get ``MIN_ROUNDS`` all the same.
+        seconds: time to spend on the rounds; very slow sides get ``MIN_ROUNDS`` all the same. With
+            0 the sides run, and nothing is measured.
         threads: number of threads that the sides use.
 
     Returns:
-        {name: [lower quartile, median, upper quartile]} in seconds.
+        {name: [lower quartile, median, upper quartile]} in seconds, or None.
     """
+    # One round's length, measured after compilation and the first touch of the memory.
+    warm = {name: _warm_up(call) for name, call in sides.items()}
+    if not seconds:
+        return None
+    if on_cuda():
+        return _alternate_on_cuda(sides, warm, seconds)
     (first, target), *others = sides.items()
     times = {name: [] for name in sides}
     clock = clock_of(threads)
@@ -35,21 +50,31 @@ def alternate(benchmark, sides, seconds, threads):
         for name, call in others:
             times[name].append(seconds_of(call, clock))
 
-    # One round's length, measured after compilation and the first touch of the memory.
-    one_round = sum(_warm_up(call) for call in sides.values())
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / one_round)))
-    if on_cuda():  # pytest-benchmark's clock is the wall's
-        sides_in_turn = list(sides.items())
-        for _ in range(rounds):
-            order.shuffle(sides_in_turn)
-            for name, call in sides_in_turn:
-                times[name].append(seconds_of(call, clock))
-    else:
-        benchmark.pedantic(
-            lambda: times[first].append(seconds_of(target, clock)),
-            setup=turns_of_others,
-            rounds=rounds,
-        )
+    benchmark().pedantic(
+        lambda: times[first].append(seconds_of(target, clock)),
+        setup=turns_of_others,
+        rounds=_rounds(seconds, sum(warm.values())),
+    )
+    return _quartiles(times)
+
+
+def _alternate_on_cuda(sides, warm, seconds):
+    """Without pytest-benchmark, whose clock is the wall's."""
+    calls = {n: min(MOST_CALLS, math.ceil(BETWEEN_EVENTS / warm[n])) for n in sides}
+    times = {name: [] for name in sides}
+    turns, order = list(sides.items()), random.Random(0)
+    for _ in range(_rounds(seconds, sum(warm[n] * calls[n] for n in sides))):
+        order.shuffle(turns)
+        for name, call in turns:
+            times[name].append(gpu_seconds_of(call, calls[name]) / steps_of(call))
+    return _quartiles(times)
+
+
+def _rounds(seconds, one_round):
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / one_round)))
+
+
+def _quartiles(times):
     return {name: statistics.quantiles(values, n=4) for name, values in times.items()}
 
 
@@ -63,35 +88,49 @@ def clock_of(threads):
 
 
 def seconds_of(call, clock=time.perf_counter):
-    """By ``clock``; on the GPU by its own, between the events before and after the call."""
+    """By ``clock``; on the GPU by its own."""
     if on_cuda():
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3
+        return gpu_seconds_of(call)
     start = clock()
     call()
     return clock() - start
 
 
-def graphed(calls):
-    """One function that replays CUDA graphs of the calls in turns."""
-    graphs = []
-    for call in calls:
+def gpu_seconds_of(call, calls=1):
+    """Of one of so many calls, between the events before and after them.
+
+    Where the GPU waits for launches, that is what a call takes.
+    """
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    for _ in range(calls):
+        call()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3 / calls
+
+
+class Replay:
+    """Replays all of ``calls`` as one CUDA graph: each counts as in a larger graph, launch free."""
+
+    def __init__(self, calls):
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):  # libraries choose their kernels before the capture
             for _ in range(3):
-                call()
+                calls[0]()
         torch.cuda.current_stream().wait_stream(side_stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            graph.results = call()  # kept: replays write into them
-        graphs.append(graph)
-    turns = rotate(graphs)
-    return lambda: next(turns).replay()
+        self.graph, self.steps = torch.cuda.CUDAGraph(), len(calls)
+        with torch.cuda.graph(self.graph):
+            self.results = [call() for call in calls]  # kept: replays write into them
+
+    def __call__(self):
+        self.graph.replay()
+
+
+def steps_of(call):
+    """How many of the steps to be timed a call takes."""
+    return getattr(call, "steps", 1)
 
 
 def _warm_up(call, calls=3):
@@ -102,3 +141,67 @@ def rotate(items):
     """Endless iterator over ``items``, so that a side meets its buffers cold."""
     while True:
         yield from items
+
+
+# ---------------------------------------------------------------------------------------- dtypes
+
+
+def torch_dtype(name):
+    """Of a row's dtype: "tf32" is float32 whose products round their operands."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def arithmetic(name):
+    """On CUDA, products of float32 as the row's dtype says, of convolutions and of matrices.
+
+    PyTorch's default is tf32 for convolutions and float32 for matrices.
+    """
+    # By the older of two interfaces: with the newer, what reads the older one raises.
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def autocast(dtype):
+    """Half precision means float32 parameters under autocast, as in training."""
+    if dtype in (torch.float32, torch.float64):
+        return contextlib.nullcontext()
+    return torch.autocast(torch.get_default_device().type, dtype)
+
+
+# ------------------------------------------------------------------------------- taking the GPU
+
+
+class Gpu:
+    """The GPU among processes: all of them prepare their rows at once, one measures alone.
+
+    So that `pytest -n 12` compiles twelve rows at a time, on a GPU that is silent while one is
+    timed. Who wants it alone keeps the door shut until all others are out.
+    """
+
+    def __init__(self):
+        folder = Path(tempfile.gettempdir())
+        self.door, self.room = (
+            (folder / f"fastcls-bench-{name}.lock").open("w") for name in ("door", "room")
+        )
+
+    def share(self):
+        self.leave()
+        fcntl.flock(self.door, fcntl.LOCK_EX)
+        fcntl.flock(self.room, fcntl.LOCK_SH)
+        fcntl.flock(self.door, fcntl.LOCK_UN)
+
+    def take(self):
+        self.leave()
+        fcntl.flock(self.door, fcntl.LOCK_EX)
+        fcntl.flock(self.room, fcntl.LOCK_EX)
+
+    def leave(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        fcntl.flock(self.room, fcntl.LOCK_UN)
+        fcntl.flock(self.door, fcntl.LOCK_UN)

@@ -6,6 +6,7 @@ data set before and evaluating after. The figures go where bench/recipes.py keep
 
 import sys
 import time
+from pathlib import Path
 
 import recipes as kept
 import torch
@@ -18,11 +19,12 @@ from fastcls.train import Trainer
 RECIPE = "mnist-speed"
 
 
-def train(seed: int) -> dict:
+def train(seed: int, device: str = "cpu", root: Path | None = None, **settings) -> dict:
+    """The figures of one run, with ``settings`` other than the recipe's."""
     module = recipes.get(RECIPE)
-    config = module.Config(seed=seed)
-    data = module.load_data(config, data_root())
-    trainer = Trainer(module, config, data, torch.device("cpu"))
+    config = module.Config(seed=seed, **settings)
+    data = module.load_data(config, data_root(root))
+    trainer = Trainer(module, config, data, torch.device(device))
     processor = 0.0
     while not trainer.is_finished():
         start = time.process_time()

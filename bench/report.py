@@ -45,7 +45,15 @@ def peers(row):
     return [side for side in row["seconds"] if not side.startswith("fused")]
 
 
-def ratio(row, side="fused"):
+def ours(row):
+    """Our side that counts: NCHW on a CPU, the fastest on CUDA, where each has a peer like it."""
+    sides = [side for side in row["seconds"] if side.startswith("fused")]
+    if "fused" in sides and row["isa"] != "CUDA":
+        return "fused"
+    return min(sides, key=lambda side: median(row, side))
+
+
+def ratio(row, side):
     """How many times faster than the best peer; None where nothing was compared."""
     if not peers(row) or side not in row["seconds"]:
         return None
@@ -65,7 +73,7 @@ def _milliseconds(row, side):
 
 def _spread(row):
     """Half the distance of the quartiles of our time, relative to the median."""
-    low, middle, high = row["seconds"]["fused"]
+    low, middle, high = row["seconds"][ours(row)]
     return f"±{(high - low) / 2 / middle:.0%}"
 
 
@@ -77,7 +85,7 @@ def _rate(row, amount, peak):
     """Giga-units per second and the share of the machine's measured peak."""
     if amount not in row:
         return [NONE, NONE]
-    rate = row[amount] / median(row, "fused")
+    rate = row[amount] / median(row, ours(row))
     return [f"{rate / 1e9:.1f}", f"{rate / row[peak]:.0%}"]
 
 
@@ -86,17 +94,37 @@ def _memory(row):
     return [f"{peaks[s] / 2**20:.0f}" if s in peaks else NONE for s in ("fused", "eager")]
 
 
+def _first_ratio(row, sides):
+    return next((r for r in (ratio(row, side) for side in sides) if r), None)
+
+
+def _accuracy(row):
+    """Mean and standard deviation over the seeds of our best side."""
+    if "test_accuracy" not in row:
+        return NONE
+    mean, spread = row["test_accuracy"][ours(row)]
+    return f"{mean:.2%} ± {spread:.2%}"
+
+
 SIDES = [
-    *["fused", "fused-cl", "fused-graph-cl", "eager", "eager-cl", "eager-graph-cl"],
-    *["compile", "compile-cl", "compile-max-cl"],
+    *["fused", "fused-cl", "fused-graph", "fused-graph-cl"],
+    *["eager", "eager-cl", "eager-graph", "eager-graph-cl"],
+    *["compile", "compile-cl", "compile-graph", "compile-graph-cl", "compile-max-graph-cl"],
+    *["liger", "quack", "quack-graph", "loader-eager"],
 ]
+RATIOS = {
+    "ratio": ["fused"],
+    "ratio cl": ["fused-cl"],
+    "ratio graph": ["fused-graph-cl", "fused-graph"],
+}
 HEAD = [
     *["op", "case", "mode", "dtype", "batch", "threads"],
     *["MB", "GFLOP"],
     *[f"{side} ms" for side in SIDES],
-    *["spread", "ratio", "ratio cl"],
+    *["spread", *RATIOS],
     *["GFLOP/s", "of peak", "GB/s", "of copy"],
     *["fused MiB", "eager MiB"],
+    *["accuracy", "syncs"],
 ]
 
 
@@ -108,10 +136,12 @@ def _cells(row):
             for k, unit in (("bytes", 1e6), ("flops", 1e9))
         ),
         *(_milliseconds(row, side) for side in SIDES),
-        *[_spread(row), _times(ratio(row)), _times(ratio(row, "fused-cl"))],
+        *[_spread(row), *(_times(_first_ratio(row, sides)) for sides in RATIOS.values())],
         *_rate(row, "flops", "peak_flops"),
         *_rate(row, "bytes", "copy_bytes"),
         *_memory(row),
+        _accuracy(row),
+        NONE if row.get("syncs_per_step") is None else f"{row['syncs_per_step']:g}",
     ]
 
 
@@ -143,7 +173,7 @@ def groups(rows):
 def _summary(rows):
     """The geometric mean of each group's ratios, with the ratios of its slowest and fastest row."""
     for key, group in groups(rows).items():
-        if ratios := [r for r in map(ratio, group) if r]:
+        if ratios := [r for r in (ratio(row, ours(row)) for row in group) if r]:
             means = (f"{f(ratios):.2f}" for f in (geometric_mean, min, max))
             yield [*key, str(len(ratios)), *means]
 

@@ -5,6 +5,7 @@ asked for; bandwidth is that of a copy far larger than the caches, counted as on
 write. `python bench/roofline.py` prints both.
 """
 
+import datetime
 import os
 import platform
 import subprocess
@@ -12,11 +13,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from measure import clock_of, on_cuda, seconds_of
+from measure import arithmetic, clock_of, on_cuda, seconds_of, torch_dtype
+
+import fastcls
 
 MATRIX, SMALL_MATRIX = 2048, 256
 GPU_MATRIX = 8192
-COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 2 << 30
+COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 1 << 30
 REPEATS = 5
 
 
@@ -32,17 +35,21 @@ def _matrix_product_rate(dtype, size):
 
 
 @cache
-def peak_flops(dtype, threads):
-    """FLOP/s of the fastest matrix product at this many threads.
+def peak_flops(name, threads):
+    """FLOP/s of the fastest matrix product in a row's dtype at this many threads.
 
-    For half precision that may be the float32 one: a machine without the instructions can always
-    convert, so float32's peak is within its reach.
+    For half precision on a CPU that may be the float32 one: a machine without the instructions can
+    always convert, so float32's peak is within its reach.
     """
+    dtype = torch_dtype(name)
 
     def measured():
+        if on_cuda():
+            with arithmetic(name):
+                return _matrix_product_rate(dtype, GPU_MATRIX)
         # Half precision without instructions for it can be a thousand times slower: try it small.
         fastest = max({torch.float32, dtype}, key=lambda d: _matrix_product_rate(d, SMALL_MATRIX))
-        return _matrix_product_rate(fastest, GPU_MATRIX if on_cuda() else MATRIX)
+        return _matrix_product_rate(fastest, MATRIX)
 
     return _at_threads(threads, measured)
 
@@ -90,18 +97,39 @@ def cores():
     return os.cpu_count()
 
 
+@cache
 def driver():
     """Version of the GPU's driver."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
+def circumstances(dtype, threads):
+    """What a row of results says of the machine, the libraries and the day."""
+    info = fastcls.build_info()
+    isa, torch_isa = info["cpu_isa"], torch.backends.cpu.get_cpu_capability()
+    if on_cuda():
+        isa, torch_isa = "CUDA", f"CUDA {torch.version.cuda}, driver {driver()}"
+    return {
+        "threads": threads,
+        "peak_flops": peak_flops(dtype, threads),
+        "copy_bytes": copy_bandwidth(threads),
+        "cpu": device_name(),
+        "cores": cores(),
+        "isa": isa,
+        "torch_isa": torch_isa,
+        "torch": str(torch.__version__),
+        "fastcls": info["fastcls"],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def main():
     print(f"{cpu_model()}, {os.cpu_count()} cores, torch {torch.__version__}")
     for threads in sorted({1, torch.get_num_threads()}):
         peaks = ", ".join(
-            f"{str(dtype).removeprefix('torch.')} {peak_flops(dtype, threads) / 1e9:.0f} GFLOP/s"
-            for dtype in (torch.float32, torch.bfloat16)
+            f"{dtype} {peak_flops(dtype, threads) / 1e9:.0f} GFLOP/s"
+            for dtype in ("float32", "bfloat16")
         )
         print(f"{threads} thread(s): {peaks}, copy {copy_bandwidth(threads) / 1e9:.1f} GB/s")
 

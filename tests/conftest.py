@@ -1,9 +1,16 @@
 """Fixtures shared by all tests."""
 
 import gc
+import os
 
 import pytest
 import torch
+
+
+def pytest_configure():
+    """Under pytest-xdist the processes share the cores: threads of their own would only wait."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 def pytest_collection_finish():

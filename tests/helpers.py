@@ -70,7 +70,10 @@ def assert_error_within_twice_native(ours, natives, exact, what, *, one_rounding
         error = size(ours.double() - exact)
         native = max(size(n.double() - exact) for n in natives)
         bound = factor * native + floor * eps * size(exact)
-        assert error <= bound, f"{what}: {norm} error {error:.3e}, bound {bound:.3e}"
+        assert error <= bound, (
+            f"{what}: {norm} error {error:.3e}, bound {bound:.3e}; native {native:.3e}, value "
+            f"{size(exact):.3e}, eps {eps:.1e}, {ours.numel()} elements"
+        )
 
 
 def assert_same(ours, expected, what):

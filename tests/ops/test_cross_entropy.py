@@ -400,7 +400,8 @@ def test_hits_need_class_indices(device):
     for t in (target, target.detach().requires_grad_()):
         with pytest.raises(RuntimeError, match="class indices where hits are counted"):
             cross_entropy_with_hits(input, t)
-    loss, hits = cross_entropy_with_hits(input[:0], torch.zeros(0, dtype=torch.int64))
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    loss, hits = cross_entropy_with_hits(input[:0], nothing)
     assert loss.isnan() and hits == 0
 
 
