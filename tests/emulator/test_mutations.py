@@ -60,6 +60,27 @@ MUTATIONS = {
         CONV,
         "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
     ),
+    "gradient at the wrong place of its window": (
+        "conv_block_backward_input.cu",
+        "only_winners(grads, places, place)",
+        "only_winners(grads, places, place ^ 1)",
+        CONV,
+        "test_integers and emulated and mnist2 and bfloat16-float32-channels_last",
+    ),
+    "a warp with rows sits out": (
+        "conv_block_gemm.h",
+        "t.pooling == Pooling::kWindow ? 4 : 1);",
+        "t.pooling == Pooling::kWindow ? 2 : 1);",
+        CONV,
+        "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
+    ),
+    "operands not rounded to tf32": (
+        "conv_block_gemm.h",
+        "for (float& e : rounded.e) e = Math::rounded(e);",
+        "",
+        CONV,
+        "test_tf32_rounds and emulated",
+    ),
     "shuffle of the wrong width": (
         "cross_entropy_general.h",
         "__shfl_xor_sync(kFullWarp, value, lanes)",
