@@ -314,8 +314,8 @@ __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_windo
     const unsigned char* const right = at.patch + positions[1] + 4 * g;
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-      const uint32_t b0 = to_tf32(*reinterpret_cast<const float*>(left + columns.offset[j]));
-      const uint32_t b1 = to_tf32(*reinterpret_cast<const float*>(right + columns.offset[j]));
+      const uint32_t b0 = *reinterpret_cast<const uint32_t*>(left + columns.offset[j]);
+      const uint32_t b1 = *reinterpret_cast<const uint32_t*>(right + columns.offset[j]);
 #pragma unroll
       for (int m = 0; m < kGradFragments; ++m) Math::multiply(sums[m][j], a[m], b0, b1);
     }
@@ -481,6 +481,10 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     copy_async_wait<1>();
     __syncthreads();
     const int slot = (i - first) % 2;
+    if constexpr (Math::kArithmetic == Arithmetic::kTf32) {
+      round_patch<Math>(patches + slot * t.patch_bytes, t.patch_bytes);
+      __syncthreads();
+    }
     const int own = Layout<Math>::kMatrixUnit ? lane % 4 : 0;  // output of a step
 #pragma unroll 1
     for (int step = warp_k; step < p.steps; step += p.warps_k) {

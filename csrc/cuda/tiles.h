@@ -128,7 +128,8 @@ struct GemmTile {
   int step_h, step_w, step_bytes;  // between neighbouring units: in the input; bytes along a row
   int weight_row_bytes, map_row_bytes, map_bytes;
   int64_t weight_bytes, table_entries;
-  int pixels;  // of the patch
+  int pixels;    // of the patch
+  int64_t work;  // see gemm_tile
   int64_t shared_bytes;
   Divider by_boxes_w, by_boxes_h, by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_pixels,
       by_interleave, by_vectors;
@@ -257,16 +258,14 @@ constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
   return round_up(s.C, c.step());
 }
 
-// The tile with the least work over all boxes; units = 0 where none fits. Work is counted in rows
-// of the product: those of the box, useful or not; a pixel of the patch, which is loaded once for
-// all taps, as half a row; and the block's weights where they have to be copied anew for each box,
-// as long as 96 rows on the matrix unit, or 8 rows of multiply-adds. For dW it is the work of one
-// block, with 64 rows for the start of a box. `blocks` share the boxes.
+// The tile with the least work for one of the `blocks` that share the boxes; units = 0 where none
+// fits. Work is counted in rows of the product: those of the box, and 64 for its start; a pixel of
+// the patch, which is loaded once for all taps, as half a row; and the weights where they have to
+// be copied anew for each box, as long as 96 rows on the matrix unit, or 8 rows of multiply-adds.
 constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared,
                              int64_t blocks) {
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
-  const int64_t reload = c.matrix_unit ? 96 : 8;
   for (int64_t channels = pixel_channels(s, c); channels > 0;) {
     const int64_t share =
         std::max<int64_t>(blocks / (c.weight_grad ? ceil_div(s.C, channels) : 1), 1);
@@ -276,11 +275,13 @@ constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64
       const int64_t box_w = ceil_div(s.out_w, splits);
       const GemmTile t = gemm_tile_of_width(s, c, channels, box_w, most_images, max_shared);
       if (t.units == 0) continue;
-      const int64_t patch = t.pixels / 2;
+      const int64_t rows = c.weight_grad                   ? t.table_entries * t.chunks
+                           : t.pooling == Pooling::kWindow ? 4 * t.units
+                                                           : t.units;
+      const int64_t reload = c.weight_grad || t.chunks == 1 ? 0 : c.matrix_unit ? 96 : 8;
       const int64_t work =
-          c.weight_grad ? ceil_div(t.boxes, share) * t.chunks * (t.table_entries + patch + 64)
-                        : t.boxes * (c.rows() + patch + (t.chunks > 1 ? reload : 0));
-      if (work < least) least = work, best = t;
+          ceil_div(t.boxes, share) * (round_up(rows, 32) + 64 + t.pixels / 2 + reload);
+      if (work < least) least = work, best = t, best.work = work;
     }
     if (c.fold || channels == c.step()) break;
     channels = round_up(channels / 2, c.step());
@@ -328,20 +329,29 @@ struct GemmPlan {
 };
 
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
-// for: with 160 KiB and more two blocks shall fit on a multiprocessor.
+// for: with 160 KiB and more, two blocks on a multiprocessor are tried as well as one with all the
+// memory, which does three quarters of what two do in the same time. 64 columns, for more than 32
+// channels, take 1.4 times as long as 32.
 constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, bool pixel_table,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
   constexpr int64_t kForTwo = 160 << 10;
-  for (int64_t shared : {max_shared >= kForTwo ? max_shared / 2 : max_shared, max_shared})
+  GemmPlan best{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int blocks : {2, 1})
     for (int columns : {64, 32}) {
+      if (blocks == 2 && max_shared < kForTwo) continue;
       if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
       GemmConfig c = gemm_config(a, fold, columns);
       c.pixel_table = pixel_table;
-      const GemmTile t = gemm_tile(s, c, shared, kGemmBlocks / ceil_div(s.K, columns));
-      if (t.units > 0 && boxes_are_narrow(t)) return {c, t};
+      const int64_t column_blocks = ceil_div(s.K, columns);
+      const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
+      const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
+      if (t.units == 0 || !boxes_are_narrow(t)) continue;
+      const int64_t work = t.work * (columns == 64 ? 14 : 10) * (blocks == 2 ? 4 : 3);
+      if (work < least) least = work, best = {c, t};
     }
-  return {};
+  return best;
 }
 
 // dX is the convolution of the conv map's gradient, as wide as the map, with the weight mirrored
