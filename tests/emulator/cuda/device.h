@@ -114,6 +114,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void forget(uint4&) {}
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -182,13 +183,6 @@ void copy_async_wait() {
 }
 
 }  // namespace fastcls::cuda
-
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 
 // Byte i of the result is the one of (a, b)'s eight that digit i of `selector` names.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
