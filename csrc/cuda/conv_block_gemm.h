@@ -479,7 +479,37 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
   }
 }
 
-// The same with multiply-adds. A step of the sum is 4 floats, at most a pixel: no run's end is cut.
+// sums += products of rows and a tap's weights, with multiply-adds.
+template <int kM, int kTilesN>
+__device__ void multiply_tap(const GemmTile& t, const unsigned char* left,
+                             const unsigned char* right, const int (&rows)[kM][2],
+                             const unsigned char* b_row, float (&sums)[kM][kTilesN][4]) {
+  for (int depth = 0; depth < t.depth_bytes; depth += 16) {
+    Vector<float> a[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        a[m][h] = *reinterpret_cast<const Vector<float>*>((h ? right : left) + rows[m][h] + depth);
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto b = *reinterpret_cast<const Vector<float>*>(
+            b_row + (8 * n + e) * t.weight_row_bytes + depth);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) sums[m][n][2 * h + e] += a[m][h].e[i] * b.e[i];
+      }
+  }
+}
+
+// multiply_matrices with multiply-adds. A step of the sum is 4 floats, at most a pixel: no run's
+// end is cut. A tap of many channels is summed up on its own: with each product the error grows by
+// the last bit of the sum that it is added to.
 template <typename Math, int kTilesN, bool kFold>
 __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
                                 const unsigned char* patch, const unsigned char* weights,
@@ -496,27 +526,17 @@ __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
   const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
   for (int tap = 0; tap < t.taps; ++tap, b_row += tap_bytes) {
     const unsigned char *left = patch + table[tap], *right = patch + table[t.taps + tap];
-    for (int depth = 0; depth < t.depth_bytes; depth += 16) {
-      Vector<float> a[kM][2];
+    if constexpr (kFold) {
+      multiply_tap(t, left, right, rows, b_row, sums);
+    } else {
+      float tap_sums[kM][kTilesN][4] = {};
+      multiply_tap(t, left, right, rows, b_row, tap_sums);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[m][h] =
-              *reinterpret_cast<const Vector<float>*>((h ? right : left) + rows[m][h] + depth);
+        for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const auto b = *reinterpret_cast<const Vector<float>*>(
-              b_row + (8 * n + e) * t.weight_row_bytes + depth);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-#pragma unroll
-              for (int h = 0; h < 2; ++h) sums[m][n][2 * h + e] += a[m][h].e[i] * b.e[i];
-        }
+          for (int i = 0; i < 4; ++i) sums[m][n][i] += tap_sums[m][n][i];
     }
   }
 }
