@@ -22,7 +22,7 @@ struct GradSource {
 
   __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t k, int h,
                        int w, bool inside) const {
-    grad.write(to, n, static_cast<int>(k), h, w, inside && k < s.C, Math::rounded, nullptr);
+    grad.write(to, n, static_cast<int>(k), h, w, inside && k < s.C, Math::rounded);
   }
 
   __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,

@@ -394,6 +394,19 @@ __device__ inline void load_weights(const GemmTile& t, const unsigned char* pack
 
 // ---- multiplying
 
+// `bias` is that of the thread's first channel: see channel_of_column.
+template <int kM, int kTilesN>
+__device__ void start_sums(const float* bias, float (&sums)[kM][kTilesN][4]) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; n += 2) {
+    const auto four = *reinterpret_cast<const Vector<float>*>(bias + n / 4 * 32 + n % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int m = 0; m < kM; ++m) sums[m][n + i / 4][i % 4] = four.e[i / 4 * 2 + i % 2];
+  }
+}
+
 // What was copied as it is becomes what the unit would read, once for all taps.
 template <typename Math>
 __device__ void round_patch(unsigned char* patch, int bytes) {
@@ -803,14 +816,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     }
 
     // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
-    const float* const bias_of = first + kRun * (threadIdx.x % 4);
-    if (chunk == 0)
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
+    if (chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
     const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
     if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
       if constexpr (!Layout<Math>::kMatrixUnit)
