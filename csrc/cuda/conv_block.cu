@@ -53,10 +53,11 @@ GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s, const Ten
 }
 
 GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
-                             std::optional<Arithmetic> a) {
-  return a && s.stride_h == 1 && s.stride_w == 1
-             ? gemm_plan(transposed(s), *a, false, false, launch.arch(), launch.max_shared_bytes())
-             : GemmPlan{};
+                             const Tensor& grad_out, std::optional<Arithmetic> a) {
+  if (!a || s.stride_h != 1 || s.stride_w != 1) return {};
+  const GemmPlan plan =
+      gemm_plan(transposed(s), *a, false, false, launch.arch(), launch.max_shared_bytes());
+  return plan.exists() && is_narrow(grad_out, plan.tile.images) ? plan : GemmPlan{};
 }
 
 WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(
                                 grad_input, grad_weight, grad_bias};
   const auto arithmetic = arithmetic_of(x_type, allow_tf32, launch.arch());
   if (grad_input.numel() > 0) {
-    const GemmPlan plan = backward_input_plan(launch, s, arithmetic);
+    const GemmPlan plan = backward_input_plan(launch, s, grad_out, arithmetic);
     if (plan.exists())
       launch_gemm_backward_input(launch, s, plan, *arithmetic, tensors);
     else

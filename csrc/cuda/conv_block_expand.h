@@ -1,5 +1,5 @@
-// The gradient of the conv map, expanded from pooled gradient and winners where it is needed. It is
-// never written to memory.
+// The gradient of the conv map for dX, expanded from pooled gradient and winners where it is
+// needed. It is never written to memory.
 #pragma once
 
 #include "cuda/conv_block_kernels.h"
@@ -12,31 +12,25 @@ struct MapGrad {
   View4<const T> g;                             // pooled gradient [N, K, out_h, out_w]
   Codes codes;
   bool vectors;  // gradients and codes of the channels lie in aligned vectors
-  bool overlap;  // a position may win in several windows
   int K, out_h, out_w, pool_h, pool_w, step_h, step_w, pad_h, pad_w;
 
   // Writes `rounded` of channels [k, k + kSize) at position (h, w) of the map to `to`, aligned to
-  // 16: zeros beyond the last channel, and everywhere unless `inside`. Adds them to `totals`,
-  // unless null.
+  // 16: zeros beyond the last channel, and everywhere unless `inside`.
   template <typename Rounded>
   __device__ void write(unsigned char* to, int64_t n, int k, int h, int w, bool inside,
-                        const Rounded& rounded, float* totals) const {
+                        const Rounded& rounded) const {
     if (vectors) {
       float sums[kSize] = {};
       if (inside) add_windows(n, k, h, w, sums);
       Vector v;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (totals) totals[i] += sums[i];
-        v.e[i] = rounded(sums[i]);
-      }
+      for (int i = 0; i < kSize; ++i) v.e[i] = rounded(sums[i]);
       *reinterpret_cast<Vector*>(to) = v;
       return;
     }
 #pragma unroll 1  // as many loads at once as there are registers for
     for (int i = 0; i < kSize; ++i) {
       const float sum = inside && k + i < K ? sum_windows(n, k + i, h, w) : 0.0f;
-      if (totals) totals[i] += sum;
       reinterpret_cast<T*>(to)[i] = rounded(sum);
     }
   }
@@ -124,7 +118,6 @@ MapGrad<T> map_grad(const ConvBlockShape& s, const View4<const T>& g, const Code
   return {g,
           codes,
           g.c == 1 && whole && aligned,
-          s.pool_h > s.pool_stride_h || s.pool_w > s.pool_stride_w,
           in32(s.K),
           in32(s.out_h),
           in32(s.out_w),

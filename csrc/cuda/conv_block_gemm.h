@@ -419,6 +419,19 @@ __device__ inline void load_weights(const GemmTile& t, const unsigned char* pack
 
 // ---- multiplying
 
+// `bias` is that of the thread's first channel: see channel_of_column.
+template <int kM, int kTilesN>
+__device__ void start_sums(const float* bias, float (&sums)[kM][kTilesN][4]) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; n += 2) {
+    const auto four = *reinterpret_cast<const Vector<float>*>(bias + n / 4 * 32 + n % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int m = 0; m < kM; ++m) sums[m][n + i / 4][i % 4] = four.e[i / 4 * 2 + i % 2];
+  }
+}
+
 // What was copied as it is becomes what the unit would read, once for all taps.
 template <typename Math>
 __device__ void round_patch(unsigned char* patch, int bytes) {
@@ -503,7 +516,37 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
   }
 }
 
-// The same with multiply-adds. A step of the sum is 4 floats, at most a pixel: no run's end is cut.
+// sums += products of rows and a tap's weights, with multiply-adds.
+template <int kM, int kTilesN>
+__device__ void multiply_tap(const GemmTile& t, const unsigned char* left,
+                             const unsigned char* right, const int (&rows)[kM][2],
+                             const unsigned char* b_row, float (&sums)[kM][kTilesN][4]) {
+  for (int depth = 0; depth < t.depth_bytes; depth += 16) {
+    Vector<float> a[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        a[m][h] = *reinterpret_cast<const Vector<float>*>((h ? right : left) + rows[m][h] + depth);
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto b = *reinterpret_cast<const Vector<float>*>(
+            b_row + (8 * n + e) * t.weight_row_bytes + depth);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) sums[m][n][2 * h + e] += a[m][h].e[i] * b.e[i];
+      }
+  }
+}
+
+// multiply_matrices with multiply-adds. A step of the sum is 4 floats, at most a pixel: no run's
+// end is cut. A tap of many channels is summed up on its own: with each product the error grows by
+// the last bit of the sum that it is added to.
 template <typename Math, int kTilesN, bool kFold>
 __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
                                 const unsigned char* patch, const unsigned char* weights,
@@ -519,27 +562,17 @@ __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
   const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
   for (int tap = 0; tap < t.taps; ++tap, b_row += tap_bytes) {
     const unsigned char *left = patch + table[tap], *right = patch + table[t.taps + tap];
-    for (int depth = 0; depth < t.depth_bytes; depth += 16) {
-      Vector<float> a[kM][2];
+    if constexpr (kFold) {
+      multiply_tap(t, left, right, rows, b_row, sums);
+    } else {
+      float tap_sums[kM][kTilesN][4] = {};
+      multiply_tap(t, left, right, rows, b_row, tap_sums);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[m][h] =
-              *reinterpret_cast<const Vector<float>*>((h ? right : left) + rows[m][h] + depth);
+        for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const auto b = *reinterpret_cast<const Vector<float>*>(
-              b_row + (8 * n + e) * t.weight_row_bytes + depth);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-#pragma unroll
-              for (int h = 0; h < 2; ++h) sums[m][n][2 * h + e] += a[m][h].e[i] * b.e[i];
-        }
+          for (int i = 0; i < 4; ++i) sums[m][n][i] += tap_sums[m][n][i];
     }
   }
 }
@@ -548,21 +581,26 @@ __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
 
 template <typename T>
 struct GemmOutput {
-  View4<T> out;
-  Codes codes;
-  bool vectors;  // eight neighbouring channels lie in aligned vectors
+  NarrowView<T> out;
+  uint8_t* codes;  // null: none are kept
+  bool vectors;    // eight neighbouring channels lie in aligned vectors
 };
 
-// The running maximum of a window by PyTorch's rule: the first in row-major order wins, but every
-// NaN takes over.
+// The maximum of a window and where it was.
 struct Best {
   float value = 0;
   int place = Codes::kNone;
 
-  // A position that may win; one that is the `first` to be seen does.
-  __device__ void offer(float v, int at, bool may, bool first) {
-    const bool wins = first | (may & ((v > value) | (v != v)));  // no branches
+  // By PyTorch's rule: the first in row-major order wins, but every NaN takes over.
+  __device__ void offer(float v, int at, bool first) {
+    const bool wins = first | (v > value) | (v != v);  // no branches
     value = wins ? v : value, place = wins ? at : place;
+  }
+  // The same of 2 x 2 positions in fewer steps, if none is NaN. If one is, so is the value.
+  __device__ static Best of_square(float v0, float v1, float v2, float v3) {
+    const float above = max_nan(v0, v1), below = max_nan(v2, v3);
+    const int right_above = v1 > v0 ? 1 : 0, right_below = v3 > v2 ? 3 : 2;
+    return {max_nan(above, below), below > above ? right_below : right_above};
   }
   __device__ void close(bool relu) {
     if (relu && value <= 0) value = 0, place = Codes::kNone;
@@ -575,21 +613,30 @@ constexpr int kRun = 8;  // neighbouring channels of a pixel, which a thread sto
 template <typename T>
 struct OutputPixel {
   T* out;
-  int64_t code;
+  uint8_t* codes;
   int channels;  // that follow
 
-  __device__ OutputPixel(const ConvBlockShape& s, const GemmOutput<T>& to, int64_t n, int64_t k0,
-                         int h, int w)
-      : out(to.out.at(n, k0, h, w)),
-        code(((n * s.out_h + h) * s.out_w + w) * s.K + k0),
-        channels(static_cast<int>(s.K - k0)) {}
+  __device__ OutputPixel(const ConvBlockShape& s, const GemmOutput<T>& to, int n, int k0, int h,
+                         int w)
+      : out(to.out.at(n, k0, h, w)), codes(nullptr), channels(static_cast<int>(s.K) - k0) {
+    const int out_h = static_cast<int>(s.out_h), out_w = static_cast<int>(s.out_w);
+    const int K = static_cast<int>(s.K);
+    if (to.codes)
+      codes = to.codes + (static_cast<int64_t>(n) * (out_h * out_w * K) + (h * out_w + w) * K + k0);
+  }
 };
+
+// The codes of four channels side by side: a code is a place's lowest byte.
+__device__ inline unsigned packed_codes(const Best (&best)[kRun], int i) {
+  static_assert(static_cast<uint8_t>(Codes::kNone) == kShut<uint8_t>);
+  return __byte_perm(__byte_perm(best[i].place, best[i + 1].place, 0x0040),
+                     __byte_perm(best[i + 2].place, best[i + 3].place, 0x0040), 0x5410);
+}
 
 // Channels k0 + k to k0 + k + 7 of the pixel.
 template <typename T>
 __device__ void store_run(const ConvBlockShape& s, const GemmOutput<T>& to,
                           const OutputPixel<T>& pixel, int k, Best (&best)[kRun]) {
-  if (k >= pixel.channels) return;
 #pragma unroll
   for (Best& b : best) b.close(s.relu);
   if (to.vectors) {
@@ -601,23 +648,26 @@ __device__ void store_run(const ConvBlockShape& s, const GemmOutput<T>& to,
       for (int j = 0; j < kSize; ++j) v.e[j] = static_cast<T>(best[i + j].value);
       *reinterpret_cast<Vector<T>*>(pixel.out + k + i) = v;
     }
-    int places[kRun];
+  } else {
+    T* out = pixel.out + static_cast<int64_t>(k) * to.out.c;
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) places[i] = best[i].place;
-    return to.codes.set_run(pixel.code + k, places);
+    for (int i = 0; i < kRun; ++i, out += to.out.c)
+      if (k + i < pixel.channels) *out = static_cast<T>(best[i].value);
   }
+  if (!pixel.codes) return;
+  if (pixel.channels % kRun == 0) {
+    *reinterpret_cast<uint2*>(pixel.codes + k) = {packed_codes(best, 0), packed_codes(best, 4)};
+  } else {
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    if (k + i >= pixel.channels) return;
-    pixel.out[(k + i) * to.out.c] = static_cast<T>(best[i].value);
-    to.codes.set(pixel.code + k + i, best[i].place);
+    for (int i = 0; i < kRun; ++i)
+      if (k + i < pixel.channels) pixel.codes[k + i] = static_cast<uint8_t>(best[i].place);
   }
 }
 
 // Every row is an output.
 template <int kGroups, int kTilesN, typename T>
 __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
-                              const Box& box, int64_t k0,
+                              const Box& box, int k0,
                               const float (&sums)[2 * kGroups][kTilesN][4]) {
   const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
 #pragma unroll
@@ -626,14 +676,14 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
     for (int half = 0; half < 2; ++half) {
       const int index = (warp * kGroups * 2 + m) * 16 + half * 8 + g;
       const Unit u = unit_at(t, index);
-      const int64_t n = box.n + u.image;
-      const int h = box.out_h + u.y, w = box.out_w + u.x;
+      const int n = box.n + u.image, h = box.out_h + u.y, w = box.out_w + u.x;
       if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
       const OutputPixel<T> pixel(s, to, n, k0, h, w);
     // With pool padding the one position of a window may lie outside the map: never with a
     // window of 1 x 1, whose padding is at most half of it.
 #pragma unroll
       for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+        if (8 * tile >= pixel.channels) break;
         Best best[kRun];
 #pragma unroll
         for (int i = 0; i < kRun; ++i) best[i] = {sums[m][tile + i / 2][2 * half + i % 2], 0};
@@ -645,38 +695,43 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
 // Four rows of a thread are a window.
 template <int kGroups, int kTilesN, typename T>
 __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
-                              const Box& box, int64_t k0,
+                              const Box& box, int k0,
                               const float (&sums)[2 * kGroups][kTilesN][4]) {
   const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
+  const int conv_h = static_cast<int>(s.conv_h), conv_w = static_cast<int>(s.conv_w);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int index = (warp * kGroups + group) * 8 + g;
     const Unit u = unit_at(t, index);
-    const int64_t n = box.n + u.image;
-    const int h = box.out_h + u.y, w = box.out_w + u.x;
+    const int n = box.n + u.image, h = box.out_h + u.y, w = box.out_w + u.x;
     if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
     const OutputPixel<T> pixel(s, to, n, k0, h, w);
     const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
     const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
-    const bool rows[2] = {ch >= 0 && ch < s.conv_h, ch + 1 < s.conv_h};
-    const bool columns[2] = {cw >= 0 && cw < s.conv_w, cw + 1 < s.conv_w};
-    bool may[4], first[4], seen = false;  // the window's positions inside the map
-#pragma unroll
-    for (int place = 0; place < 4; ++place) {
-      may[place] = rows[place / 2] && columns[place % 2];
-      first[place] = !seen && may[place];
-      seen = seen || may[place];
-    }
+    const bool whole = ch >= 0 && ch + 1 < conv_h && cw >= 0 && cw + 1 < conv_w;
 #pragma unroll
     for (int tile = 0; tile < kTilesN; tile += kRun / 2) {
+      if (8 * tile >= pixel.channels) break;
+      const auto value = [&](int i, int place) {
+        return sums[2 * group + place / 2][tile + i / 2][2 * (place % 2) + i % 2];
+      };
       Best best[kRun];
+      bool exact = !whole;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        best[i] = {sums[2 * group][tile + i / 2][i % 2], 0};
+        best[i] = Best::of_square(value(i, 0), value(i, 1), value(i, 2), value(i, 3));
+        exact |= best[i].value != best[i].value;
+      }
+      if (exact) {
+        bool first = true;
 #pragma unroll
-        for (int place = 1; place < 4; ++place)
-          best[i].offer(sums[2 * group + place / 2][tile + i / 2][2 * (place % 2) + i % 2], place,
-                        may[place], first[place]);
+        for (int place = 0; place < 4; ++place) {
+          const int y = ch + place / 2, x = cw + place % 2;
+          if (y < 0 || y >= conv_h || x < 0 || x >= conv_w) continue;
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) best[i].offer(value(i, place), place, first);
+          first = false;
+        }
       }
       store_run(s, to, pixel, 8 * tile, best);
     }
@@ -687,7 +742,7 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
 // [rows, columns + 1] floats.
 template <int kGroups, int kTilesN, typename T>
 __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const GemmOutput<T>& to,
-                             const Box& box, int64_t column0, float* map,
+                             const Box& box, int column0, float* map,
                              const float (&sums)[2 * kGroups][kTilesN][4]) {
   constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1, kRuns = kColumns / kRun;
   const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
@@ -704,9 +759,8 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
   for (int i = threadIdx.x; i < outputs * kRuns; i += blockDim.x) {
     const int column = i % kRuns * kRun, index = i / kRuns;
     const int y = index / t.box_w % t.box_h, x = index % t.box_w, image = index / t.box_w / t.box_h;
-    const int64_t n = box.n + image;
-    const int h = box.out_h + y, w = box.out_w + x;
-    if (n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    const int n = box.n + image, h = box.out_h + y, w = box.out_w + x;
+    if (n >= s.N || h >= s.out_h || w >= s.out_w || column0 + column >= s.K) continue;
     const int dy = y * static_cast<int>(s.pool_stride_h),
               dx = x * static_cast<int>(s.pool_stride_w);
     Best best[kRun];
@@ -718,7 +772,7 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
         const float* row = map + ((image * t.unit_h + dy + py) * t.unit_w + dx + px) * kRow;
 #pragma unroll
         for (int j = 0; j < kRun; ++j)
-          best[j].offer(row[column + j], py * static_cast<int>(s.pool_w) + px, true, first);
+          best[j].offer(row[column + j], py * static_cast<int>(s.pool_w) + px, first);
         first = false;
       }
     }
@@ -751,7 +805,8 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
   int* const table = reinterpret_cast<int*>(first + kColumns);
   int* const row_offsets = table + t.table_entries;
   constexpr int kRows = Layout<Math>::kConfig.rows();
-  PatchEntry* const pixels = reinterpret_cast<PatchEntry*>(shared + t.shared_bytes) - t.pixels;
+  PatchEntry* const pixels =
+      reinterpret_cast<PatchEntry*>(shared + static_cast<int>(t.shared_bytes)) - t.pixels;
   const int column0 = blockIdx.y * kColumns;
 
   // 1. What stays the same for all boxes.
@@ -801,14 +856,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
     }
 
     // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
-    const float* const bias_of = first + kRun * (threadIdx.x % 4);
-    if (chunk == 0)
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int m = 0; m < kM; ++m) sums[m][n][i] = bias_of[n / 4 * 32 + n % 4 * 2 + i % 2];
+    if (chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
     const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
     if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
       if constexpr (!Layout<Math>::kMatrixUnit)
@@ -820,7 +868,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
     // 4. The outputs of the box.
     if (chunk == t.chunks - 1) {
       const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
-      const int64_t k0 = column0 + kRun * (threadIdx.x % 4);
+      const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
       if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
         store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
       else if (t.pooling == Pooling::kWindow)
@@ -862,7 +910,8 @@ void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile
 template <typename T>
 GemmOutput<T> gemm_output(const Tensor& out, const Codes& codes, int64_t channels) {
   const auto view = mutable_view<T>(out);
-  return {view, codes, channels % kRun == 0 && channels_are_vectors(view, channels)};
+  return {narrowed(view), static_cast<uint8_t*>(codes.data),
+          channels % kRun == 0 && channels_are_vectors(view, channels)};
 }
 
 }  // namespace fastcls::cuda

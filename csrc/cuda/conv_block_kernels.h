@@ -25,26 +25,13 @@ struct Codes {
     if (wide)
       static_cast<int32_t*>(data)[index] = code == kNone ? kShut<int32_t> : code;
     else
-      static_cast<uint8_t*>(data)[index] = narrow(code);
-  }
-  // Eight from a multiple of eight on, where the codes are narrow.
-  __device__ void set_run(int64_t index, const int (&codes)[8]) const {
-    struct alignas(8) Run {
-      uint8_t e[8];
-    } run;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) run.e[i] = narrow(codes[i]);
-    if (data) *reinterpret_cast<Run*>(static_cast<uint8_t*>(data) + index) = run;
+      static_cast<uint8_t*>(data)[index] = code == kNone ? kShut<uint8_t> : code;
   }
 
  private:
   template <typename Win>
   __device__ static int decoded(Win code) {
     return code == kShut<Win> ? kNone : code;
-  }
-  __device__ static uint8_t narrow(int code) {
-    static_assert(static_cast<uint8_t>(kNone) == kShut<uint8_t>);
-    return static_cast<uint8_t>(code);
   }
 };
 

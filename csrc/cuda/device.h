@@ -53,6 +53,17 @@ __device__ inline float exp2_approx(float x) {
   return result;
 }
 
+// The larger one; NaN if either is.
+__device__ inline float max_nan(float a, float b) {
+#if FASTCLS_SM80
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 __device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 

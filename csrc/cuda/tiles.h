@@ -307,7 +307,8 @@ constexpr bool gemm_serves(const ConvBlockShape& s) {
                            s.stride_w * s.pool_stride_w};
   for (int64_t size : sizes)
     if (size >= kMost) return false;
-  const int64_t images[] = {s.N, s.C * s.H * s.W, s.K * s.conv_h * s.conv_w};
+  const int64_t images[] = {s.N, s.C * s.H * s.W, s.K * s.conv_h * s.conv_w,
+                            s.K * s.out_h * s.out_w};
   for (int64_t size : images)
     if (size > std::numeric_limits<int32_t>::max()) return false;
   return s.groups == 1 && !s.wide_winner();

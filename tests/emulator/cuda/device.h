@@ -114,6 +114,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void forget(uint4&) {}
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
