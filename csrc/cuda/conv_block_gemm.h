@@ -199,8 +199,8 @@ struct NarrowView {
   T* data;
   int n, c, h, w;
   __device__ T* at(int in, int ic, int ih, int iw) const {
-    return data + (static_cast<int64_t>(in) * n + static_cast<int64_t>(ic) * c +
-                   static_cast<int64_t>(ih) * h + static_cast<int64_t>(iw) * w);
+    const int64_t image = multiply_add_wide(in, n, 0), channel = multiply_add_wide(ic, c, image);
+    return data + multiply_add_wide(iw, w, multiply_add_wide(ih, h, channel));
   }
 };
 
@@ -599,7 +599,7 @@ struct OutputPixel {
     const int out_h = static_cast<int>(s.out_h), out_w = static_cast<int>(s.out_w);
     const int K = static_cast<int>(s.K);
     if (to.codes)
-      codes = to.codes + (static_cast<int64_t>(n) * (out_h * out_w * K) + (h * out_w + w) * K + k0);
+      codes = to.codes + multiply_add_wide(n, out_h * out_w * K, (h * out_w + w) * K + k0);
   }
 };
 
