@@ -197,8 +197,8 @@ struct NarrowView {
   T* data;
   int n, c, h, w;
   __device__ T* at(int in, int ic, int ih, int iw) const {
-    return data + (static_cast<int64_t>(in) * n + static_cast<int64_t>(ic) * c +
-                   static_cast<int64_t>(ih) * h + static_cast<int64_t>(iw) * w);
+    const int64_t image = multiply_add_wide(in, n, 0), channel = multiply_add_wide(ic, c, image);
+    return data + multiply_add_wide(iw, w, multiply_add_wide(ih, h, channel));
   }
 };
 
@@ -609,6 +609,12 @@ struct Best {
 
 constexpr int kRun = 8;  // neighbouring channels of a pixel, which a thread stores in one go
 
+// The last boxes reach beyond the tensor.
+__device__ inline bool is_output(const ConvBlockShape& s, int n, int h, int w) {
+  return n < static_cast<int>(s.N) && h < static_cast<int>(s.out_h) &&
+         w < static_cast<int>(s.out_w);
+}
+
 // Where the outputs of one position lie, from channel k0 on.
 template <typename T>
 struct OutputPixel {
@@ -622,7 +628,7 @@ struct OutputPixel {
     const int out_h = static_cast<int>(s.out_h), out_w = static_cast<int>(s.out_w);
     const int K = static_cast<int>(s.K);
     if (to.codes)
-      codes = to.codes + (static_cast<int64_t>(n) * (out_h * out_w * K) + (h * out_w + w) * K + k0);
+      codes = to.codes + multiply_add_wide(n, out_h * out_w * K, (h * out_w + w) * K + k0);
   }
 };
 
@@ -677,7 +683,7 @@ __device__ void store_outputs(const ConvBlockShape& s, const GemmTile& t, const 
       const int index = (warp * kGroups * 2 + m) * 16 + half * 8 + g;
       const Unit u = unit_at(t, index);
       const int n = box.n + u.image, h = box.out_h + u.y, w = box.out_w + u.x;
-      if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+      if (index >= static_cast<int>(t.units) || !is_output(s, n, h, w)) continue;
       const OutputPixel<T> pixel(s, to, n, k0, h, w);
     // With pool padding the one position of a window may lie outside the map: never with a
     // window of 1 x 1, whose padding is at most half of it.
@@ -704,7 +710,7 @@ __device__ void store_windows(const ConvBlockShape& s, const GemmTile& t, const 
     const int index = (warp * kGroups + group) * 8 + g;
     const Unit u = unit_at(t, index);
     const int n = box.n + u.image, h = box.out_h + u.y, w = box.out_w + u.x;
-    if (index >= t.units || n >= s.N || h >= s.out_h || w >= s.out_w) continue;
+    if (index >= static_cast<int>(t.units) || !is_output(s, n, h, w)) continue;
     const OutputPixel<T> pixel(s, to, n, k0, h, w);
     const int ch = box.conv_h + u.y * static_cast<int>(s.pool_stride_h);
     const int cw = box.conv_w + u.x * static_cast<int>(s.pool_stride_w);
@@ -760,7 +766,7 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
     const int column = i % kRuns * kRun, index = i / kRuns;
     const int y = index / t.box_w % t.box_h, x = index % t.box_w, image = index / t.box_w / t.box_h;
     const int n = box.n + image, h = box.out_h + y, w = box.out_w + x;
-    if (n >= s.N || h >= s.out_h || w >= s.out_w || column0 + column >= s.K) continue;
+    if (!is_output(s, n, h, w) || column0 + column >= static_cast<int>(s.K)) continue;
     const int dy = y * static_cast<int>(s.pool_stride_h),
               dx = x * static_cast<int>(s.pool_stride_w);
     Best best[kRun];

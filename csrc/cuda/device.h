@@ -40,6 +40,14 @@ __device__ inline uint32_t shift_left(uint32_t value, uint32_t bits) {
   return shifted;
 }
 
+// a * b + c in one instruction. Where `b` stays the same in a loop the compiler would keep all 64
+// bits of it and multiply those.
+__device__ inline int64_t multiply_add_wide(int a, int b, int64_t c) {
+  int64_t sum;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
+  return sum;
+}
+
 // A place in shared memory in half the registers of a pointer.
 using SharedAddress = unsigned;
 __device__ inline SharedAddress shared_address(const void* pointer) {

@@ -129,6 +129,9 @@ inline uint32_t bits_of_float(float value) {
 inline void trap() { throw std::runtime_error("emulator: trap"); }
 
 inline uint32_t shift_left(uint32_t value, uint32_t bits) { return bits < 32 ? value << bits : 0; }
+inline int64_t multiply_add_wide(int a, int b, int64_t c) {
+  return static_cast<int64_t>(a) * b + c;
+}
 using SharedAddress = const unsigned char*;
 inline SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(pointer);
