@@ -826,63 +826,66 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
   for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
     first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
 
-  // 2. In each stage the next patch is loaded while this one is multiplied, in the first one only
-  // loaded: the code for it is long, and is there once. Weights of several chunks are on their way
-  // meanwhile; a single chunk's stay.
+  // 2. While one patch is multiplied the next is loaded; the first is only loaded: the code for it
+  // is long, and is there once. Weights of several chunks are on their way meanwhile; a single
+  // chunk's stay.
   const int boxes = static_cast<int>(t.boxes);
-  const int turns = (boxes - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
-  const int stages = turns * t.chunks;
+  int box_index = blockIdx.x, chunk = -1, slot = 1;  // nothing to multiply yet
   float sums[kM][kTilesN][4];
 #pragma unroll 1
-  for (int stage = -1; stage < stages; ++stage) {
-    if (stage < 0 || (stage > 0 && t.chunks > 1))
-      load_weights(t, packed, weights, stage < 0 ? 0 : stage % t.chunks);
+  while (true) {
+    const bool first_stage = box_index == static_cast<int>(blockIdx.x) && chunk == 0;
+    if (chunk < 0 || (t.chunks > 1 && !first_stage))
+      load_weights(t, packed, weights, chunk < 0 ? 0 : chunk);
     copy_async_commit();
-    if (stage + 1 < stages) {
-      const Box box = box_at(s, t, blockIdx.x + (stage + 1) / t.chunks * gridDim.x);
-      unsigned char* const next = patches + (stage + 1) % 2 * t.patch_bytes;
-      const int chunk = (stage + 1) % t.chunks;
+    const int next_chunk = chunk + 1 == t.chunks ? 0 : chunk + 1;
+    const int step = chunk >= 0 && next_chunk == 0 ? static_cast<int>(gridDim.x) : 0;
+    const int next_index = box_index + step;
+    if (next_index < boxes) {
+      const Box box = box_at(s, t, next_index);
+      unsigned char* const next = patches + (slot ^ 1) * t.patch_bytes;
       if constexpr (Source::kRounded)  // a gradient is expanded, window by window
-        source.load_patch(s, t, next, box, chunk);
+        source.load_patch(s, t, next, box, next_chunk);
       else if constexpr (kFold)
         source.load_folded(s, t, pixels, next, box);
       else
-        source.load_patch(s, t, pixels, next, box, chunk);
+        source.load_patch(s, t, pixels, next, box, next_chunk);
     }
     copy_async_commit();
-    if (stage < 0) continue;
-
-    const int chunk = stage % t.chunks;
-    unsigned char* const patch = patches + stage % 2 * t.patch_bytes;
-    copy_async_wait<1>();
-    __syncthreads();
-    if constexpr (Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded) {
-      round_patch<Math>(patch, t.patch_bytes);
+    if (chunk >= 0) {
+      unsigned char* const patch = patches + slot * t.patch_bytes;
+      copy_async_wait<1>();
       __syncthreads();
-    }
+      if constexpr (Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded) {
+        round_patch<Math>(patch, t.patch_bytes);
+        __syncthreads();
+      }
 
-    // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
-    if (chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
-    const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
-    if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
-      if constexpr (!Layout<Math>::kMatrixUnit)
-        multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
-      else
-        multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
-    }
+      // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
+      if (chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
+      const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
+      if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
+        if constexpr (!Layout<Math>::kMatrixUnit)
+          multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
+        else
+          multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
+      }
 
-    // 4. The outputs of the box.
-    if (chunk == t.chunks - 1) {
-      const Box box = box_at(s, t, blockIdx.x + stage / t.chunks * gridDim.x);
-      const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
-      if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
-        store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
-      else if (t.pooling == Pooling::kWindow)
-        store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
-      else
-        store_pooled<Layout<Math>::kGroups, kTilesN>(s, t, to, box, column0, map, sums);
+      // 4. The outputs of the box.
+      if (chunk == t.chunks - 1) {
+        const Box box = box_at(s, t, box_index);
+        const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
+        if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
+          store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
+        else if (t.pooling == Pooling::kWindow)
+          store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
+        else
+          store_pooled<Layout<Math>::kGroups, kTilesN>(s, t, to, box, column0, map, sums);
+      }
+      __syncthreads();  // patch and weights are free, and the map
     }
-    __syncthreads();  // patch and weights are free, and the map
+    if (next_index >= boxes) break;
+    box_index = next_index, chunk = next_chunk, slot ^= 1;
   }
   copy_async_wait<0>();
 }
