@@ -51,15 +51,16 @@ for part in $PARTS; do
       else
         options+=(--batch 512,4096 --seconds 1)
       fi
-      limited 80 "${one_core[@]}" python -m pytest -p time_limit -q \
+      limited 95 "${one_core[@]}" python -m pytest -p time_limit -q \
         bench/bench_conv_block.py bench/bench_cross_entropy.py bench/bench_train.py \
         "${options[@]}" "$@"
       ;;
     train)
-      limited 35 python bench/gpu_train.py --json "$JSON"
+      limited 75 python bench/gpu_train.py --json "$JSON"
       ;;
     tests)
-      limited 65 "${one_core[@]}" python -m pytest -p time_limit -q tests/ops \
+      limited 65 "${one_core[@]}" python -m pytest -p time_limit -q \
+        tests/ops tests/test_modules.py tests/test_fuse.py tests/test_train.py \
         -k "cuda and not emulated" -n "$processes" --dist worksteal --tb=short -p no:cacheprovider
       ;;
     sanitizer)

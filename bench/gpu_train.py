@@ -245,10 +245,10 @@ def main():
         if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
             root, data = Path(folder), "random"
             write_mnist(root, options.images or 60_000)
-        if options.seeds:
-            keep(speed_row(root, data, device, options.seeds))
         for case in cases(root, data, options.images):
             keep(epoch_row(case, device, options))
+        if options.seeds:
+            keep(speed_row(root, data, device, options.seeds))
     print(report.text(rows))
 
 
