@@ -16,14 +16,11 @@ struct GradSource {
   using Element = typename Math::Element;
   static constexpr bool kRounded = true;
   MapGrad<Element> grad;
+  NarrowView<const Element> g;  // its pooled gradient
   bool channels_inner;
   int tiling;                          // see MapGrad
   Divider by_windows_h, by_windows_w;  // as many as a patch can touch
-
-  __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t k, int h,
-                       int w, bool inside) const {
-    grad.write(to, n, static_cast<int>(k), h, w, inside && k < s.C, Math::rounded);
-  }
+  int image_codes;                     // of one image
 
   __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
                              const Box& box, int chunk) const {
@@ -32,10 +29,23 @@ struct GradSource {
     else if (tiling == 1)
       load_windows<1>(s, t, patch, box, chunk);
     else
-      cuda::load_patch<Math>(s, t, *this, patch, box, chunk);
+      load_positions(s, t, patch, box, chunk);
   }
 
  private:
+  __device__ void load_positions(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
+                                 const Box& box, int chunk) const {
+    const unsigned items = t.pixels * t.by_vectors.divisor;
+#pragma unroll 1  // the sums take most registers, and an item's own loads are many
+    for (unsigned i = threadIdx.x; i < items; i += blockDim.x) {
+      const PatchItem item = patch_item(t, channels_inner, i);
+      const PatchEntry at = patch_entry(t, item.pixel);
+      const int k = chunk * t.channels + item.vector * MapGrad<Element>::kSize;
+      grad.write(patch + at.to + item.vector * 16, box.n + at.image, k, box.h + at.y(),
+                 box.w + at.x(), is_inside(s, box, at) && k < s.C, Math::rounded);
+    }
+  }
+
   // 16 bytes of channels of one window.
   struct Window {
     typename MapGrad<Element>::Vector grads;
@@ -73,14 +83,21 @@ struct GradSource {
     const int vector = split(item, t.by_vectors);
     const int pw = (box.w >> kShift) + split(item, by_windows_w);
     const int ph = (box.h >> kShift) + split(item, by_windows_h);
-    const int image = static_cast<int>(item);
+    const int image = static_cast<int>(item), n = box.n + image;
     const int k = chunk * t.channels + vector * MapGrad<Element>::kSize;
     Window window{};
     window.y = ph * kEdge - box.h, window.x = pw * kEdge - box.w;
     window.to = patch + image * t.image_bytes + vector * 16;
-    if (image < t.images && box.n + image < s.N && ph >= 0 && ph < grad.out_h && pw >= 0 &&
-        pw < grad.out_w && k < s.C)
-      grad.read(box.n + image, k, ph, pw, window.grads, window.places);
+    if (image >= t.images || n >= static_cast<int>(s.N) ||
+        static_cast<unsigned>(ph) >= static_cast<unsigned>(grad.out_h) ||
+        static_cast<unsigned>(pw) >= static_cast<unsigned>(grad.out_w) ||
+        k >= static_cast<int>(s.C))
+      return window;
+    window.grads = *reinterpret_cast<const typename MapGrad<Element>::Vector*>(g.at(n, k, ph, pw));
+    if (grad.codes.data)
+      window.places = *reinterpret_cast<const typename MapGrad<Element>::Places*>(
+          static_cast<const uint8_t*>(grad.codes.data) +
+          (static_cast<int64_t>(n) * image_codes + (ph * grad.out_w + pw) * grad.K + k));
     return window;
   }
 
@@ -108,8 +125,13 @@ GradSource<Math> grad_source(const ConvBlockShape& s, const GemmTile& tile,
   const auto g = const_view<Element>(t.grad_out);
   const auto grad = map_grad<Element>(s, g, t.codes);
   const int64_t edge = std::max(grad.tiling(), 1);
-  return {grad, g.c <= g.w, grad.tiling(), Divider(ceil_div(tile.patch_h - 1, edge) + 1),
-          Divider(ceil_div(tile.patch_w - 1, edge) + 1)};
+  return {grad,
+          narrowed(g),
+          g.c <= g.w,
+          grad.tiling(),
+          Divider(ceil_div(tile.patch_h - 1, edge) + 1),
+          Divider(ceil_div(tile.patch_w - 1, edge) + 1),
+          static_cast<int>(s.out_h * s.out_w * s.K)};
 }
 
 template <typename Math, int kTilesN>
