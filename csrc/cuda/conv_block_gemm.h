@@ -611,8 +611,8 @@ constexpr int kRun = 8;  // neighbouring channels of a pixel, which a thread sto
 
 // The last boxes reach beyond the tensor.
 __device__ inline bool is_output(const ConvBlockShape& s, int n, int h, int w) {
-  return n < static_cast<int>(s.N) && h < static_cast<int>(s.out_h) &&
-         w < static_cast<int>(s.out_w);
+  return (n < static_cast<int>(s.N)) & (h < static_cast<int>(s.out_h)) &
+         (w < static_cast<int>(s.out_w));  // no branches
 }
 
 // Where the outputs of one position lie, from channel k0 on.

@@ -74,6 +74,27 @@ MUTATIONS = {
         CONV,
         "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
     ),
+    "the last of equal maxima": (
+        "conv_block_gemm.h",
+        "v3 > v2 ? 3 : 2",
+        "v3 >= v2 ? 3 : 2",
+        CONV,
+        "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
+    ),
+    "NaN taken for a number": (
+        "conv_block_gemm.h",
+        "exact |= best[i].value != best[i].value;",
+        "",
+        CONV,
+        "test_nan_beats_infinity and emulated",
+    ),
+    "edge of the map taken for a whole window": (
+        "conv_block_gemm.h",
+        "bool exact = !whole;",
+        "bool exact = false;",
+        CONV,
+        "test_pool_padding_never_wins and emulated",
+    ),
     "operands not rounded to tf32": (
         "conv_block_gemm.h",
         "for (float& e : rounded.e) e = Math::rounded(e);",
