@@ -240,16 +240,16 @@ __device__ inline uint16_t load_codes(const GradStep& at, int output, int fragme
 
 // Calls use(gradients, codes, 0) for the thread's own output; where a window is one position,
 // use(gradients, codes, j) for its outputs first + j.
-template <typename T, bool kWindows, int kOutputs, typename Use>
+template <typename T, int kPlaces, int kOutputs, typename Use>
 __device__ void for_outputs(const GradStep& at, int fragment, int first, const Use& use) {
 #pragma unroll
-  for (int j = 0; j < (kWindows ? 1 : kOutputs); ++j) {
-    const int output = kWindows ? 0 : 4 * (first + j);
+  for (int j = 0; j < (kPlaces > 1 ? 1 : kOutputs); ++j) {
+    const int output = kPlaces > 1 ? 0 : 4 * (first + j);
     use(load_pair<T>(at, output, fragment), load_codes(at, output, fragment), j);
   }
 }
 
-template <typename Math, bool kWindows, int kUnits>
+template <typename Math, int kPlaces, int kUnits>
 __device__ void multiply_halves(const GradStep& at, int place, bool first_of_window,
                                 const GradColumns<kUnits>& columns,
                                 float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
@@ -258,12 +258,12 @@ __device__ void multiply_halves(const GradStep& at, int place, bool first_of_win
   uint32_t a[kGradFragments][4] = {};
 #pragma unroll
   for (int m = 0; m < kGradFragments; ++m)
-    for_outputs<T, kWindows, 4>(at, m, 0, [&](const GradPair<T>& grad, uint16_t codes, int j) {
+    for_outputs<T, kPlaces, 4>(at, m, 0, [&](const GradPair<T>& grad, uint16_t codes, int j) {
       if (first_of_window) add_bias_grads(grad, codes, bias[m]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t half = bits_as<uint16_t>(grad.e[h]);
-        if constexpr (kWindows) {
+        if constexpr (kPlaces > 1) {
           a[m][h] = at_places(half, code_of(codes, h), place);
           a[m][2 + h] = at_places(half, code_of(codes, h), place + 2);
         } else {
@@ -286,26 +286,26 @@ __device__ void multiply_halves(const GradStep& at, int place, bool first_of_win
 
 // Of tf32, two products: of places or outputs 0 and 1, 2 and 3, the first of them in the first
 // word.
-template <typename Math, bool kWindows, int kUnits>
+template <typename Math, int kPlaces, int kUnits>
 __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_window,
                               const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
                               GradSums<kUnits>& sums) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll 1  // registers are scarce
   for (int first = 0; first < 4; first += 2) {
-    const bool add_bias = first_of_window && (!kWindows || first == 0);
+    const bool add_bias = first_of_window && (kPlaces == 1 || first == 0);
     uint32_t a[kGradFragments][4] = {};
 #pragma unroll
     for (int m = 0; m < kGradFragments; ++m)
-      for_outputs<float, kWindows, 2>(
+      for_outputs<float, kPlaces, 2>(
           at, m, first, [&](const GradPair<float>& grad, uint16_t codes, int output) {
             if (add_bias) add_bias_grads(grad, codes, bias[m]);
 #pragma unroll
             for (int h = 0; h < 2; ++h)
 #pragma unroll
               for (int j = 0; j < 2; ++j)
-                if (kWindows || j == output)
-                  a[m][2 * j + h] = code_of(codes, h) == (kWindows ? place + first + j : 0)
+                if (kPlaces > 1 || j == output)
+                  a[m][2 * j + h] = code_of(codes, h) == (kPlaces > 1 ? place + first + j : 0)
                                         ? to_tf32(grad.e[h])
                                         : 0;
           });
@@ -324,13 +324,13 @@ __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_windo
 
 // With multiply-adds a thread's sums are of rows g and g + 8 and of columns 2 t and 2 t + 1, so
 // that it goes over all 16 positions of the step; `at` is that of output 0.
-template <bool kWindows, int kUnits>
+template <int kPlaces, int kUnits>
 __device__ void multiply_floats(const GradStep& at, int place, bool first_of_window,
                                 const GradColumns<kUnits>& columns,
                                 float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
   const int t = threadIdx.x % 4;
 #pragma unroll 1
-  for (int output = 0; output < (kWindows ? 4 : kGradStep); ++output) {
+  for (int output = 0; output < (kPlaces > 1 ? 4 : kGradStep); ++output) {
     GradPair<float> grad[kGradFragments];
     uint16_t codes[kGradFragments];
 #pragma unroll
@@ -340,15 +340,15 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
       if (first_of_window && output % 4 == t) add_bias_grads(grad[m], codes[m], bias[m]);
     }
 #pragma unroll 1
-    for (int j = 0; j < (kWindows ? 4 : 1); ++j) {
-      const int lane = output % 4, nth = kWindows ? j : output / 4;
+    for (int j = 0; j < (kPlaces > 1 ? 4 : 1); ++j) {
+      const int lane = output % 4, nth = kPlaces > 1 ? j : output / 4;
       const int position = at.positions[nth / 2 * 8 + 2 * lane + nth % 2];
       float a[kGradFragments][2];
 #pragma unroll
       for (int m = 0; m < kGradFragments; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          a[m][h] = code_of(codes[m], h) == (kWindows ? place + j : 0) ? grad[m].e[h] : 0.0f;
+          a[m][h] = code_of(codes[m], h) == (kPlaces > 1 ? place + j : 0) ? grad[m].e[h] : 0.0f;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         struct alignas(8) Pair {
@@ -367,16 +367,16 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
   }
 }
 
-template <typename Math, bool kWindows, int kUnits>
+template <typename Math, int kPlaces, int kUnits>
 __device__ void multiply_step(const GradStep& at, int place, bool first_of_window,
                               const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
                               GradSums<kUnits>& sums) {
   if constexpr (!Layout<Math>::kMatrixUnit)
-    multiply_floats<kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_floats<kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
   else if constexpr (sizeof(typename Math::Element) == 2)
-    multiply_halves<Math, kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_halves<Math, kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
   else
-    multiply_tf32<Math, kWindows, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_tf32<Math, kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
 }
 
 // ---- adding up
@@ -423,11 +423,11 @@ __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGrad
 
 // ---- the kernel
 
-// Grid: x has the parts of the boxes, y the output channels, 32 at a time, and the chunks of input
-// channels. partial [parts, K, taps x C + 1]. Shared memory: two patches, gradients and codes of
-// two boxes, positions, tables of the patch's pixels and the box's outputs; at the end room to add
-// up.
-template <typename Math, bool kWindows, int kUnits>
+// Windows of 1, up to 4 or up to kPlaces positions. Grid: x has the parts of the boxes, y the
+// output channels, 32 at a time, and the chunks of input channels. partial [parts, K, taps x C +
+// 1]. Shared memory: two patches, gradients and codes of two boxes, positions, tables of the
+// patch's pixels and the box's outputs; at the end room to add up.
+template <typename Math, int kPlaces, int kUnits>
 __global__ void __launch_bounds__(kGradThreads, 2)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
                        GradSource<typename Math::Element> source, float* partial) {
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kGradThreads, 2)
   const GemmTile& t = p.tile;
   if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
   DYNAMIC_SHARED(shared);
-  const int outputs = p.steps / p.window_steps * (kWindows ? 4 : kGradStep);
+  const int outputs = p.steps / p.window_steps * (kPlaces > 1 ? 4 : kGradStep);
   unsigned char* const patches = shared;
   unsigned char* const grads = patches + 2 * t.patch_bytes;
   unsigned char* const codes = grads + 2 * outputs * kGradRow<T>;
@@ -488,14 +488,14 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     const int own = Layout<Math>::kMatrixUnit ? lane % 4 : 0;  // output of a step
 #pragma unroll 1
     for (int step = warp_k; step < p.steps; step += p.warps_k) {
-      const int windows = kWindows ? static_cast<int>(divide(step, p.by_window_steps)) : step;
-      const int output = slot * outputs + windows * (kWindows ? 4 : kGradStep) + own;
-      const int place = kWindows ? (step - windows * p.window_steps) * 4 : 0;
+      const int windows = kPlaces > 4 ? static_cast<int>(divide(step, p.by_window_steps)) : step;
+      const int output = slot * outputs + windows * (kPlaces > 1 ? 4 : kGradStep) + own;
+      const int place = kPlaces > 4 ? (step - windows * p.window_steps) * 4 : 0;
       const GradStep at{grads + output * kGradRow<T> + lane / 4 * 2 * static_cast<int>(sizeof(T)),
                         codes + output * kGradCodeBytes + lane / 4 * 2,
                         positions + step * kGradStep, patches + slot * t.patch_bytes};
-      multiply_step<Math, kWindows, kUnits>(at, place, warp_n == 0 && place == 0, columns, bias,
-                                            sums);
+      multiply_step<Math, kPlaces, kUnits>(at, place, warp_n == 0 && place == 0, columns, bias,
+                                           sums);
     }
     __syncthreads();
   }
@@ -525,12 +525,12 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     }
 }
 
-template <typename Math, bool kWindows, int kUnits>
+template <typename Math, int kPlaces, int kUnits>
 void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                             const WeightGradPlan& plan, const BackwardTensors& t,
                             const Tensor& partial) {
   using Element = typename Math::Element;
-  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kWindows, kUnits>,
+  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kPlaces, kUnits>,
                      dim3(plan.splits, plan.channel_blocks * plan.tile.chunks), kGradThreads, s,
                      plan, input_source<Math>(const_view<Element>(t.input), s.C),
                      grad_source<Element>(s, const_view<Element>(t.grad_out), t.codes),
@@ -546,17 +546,21 @@ void launch_gemm_backward_weight(const Launcher& launch, const ConvBlockShape& s
       empty_flat({plan.splits, s.K, weight_grad_elements(s)}, ScalarType::Float, t.input);
   dispatch_arithmetic(a, [&](auto math) {
     using Math = decltype(math);
-    const auto run = [&](auto windows, auto units) {
-      launch_backward_weight<Math, decltype(windows)::value, decltype(units)::value>(
-          launch, s, plan, t, partial);
+    const auto run = [&](auto places, auto units) {
+      launch_backward_weight<Math, decltype(places)::value, decltype(units)::value>(launch, s, plan,
+                                                                                    t, partial);
     };
     using Few = std::integral_constant<int, kFewGradUnits>;
     using Most = std::integral_constant<int, kGradUnits>;
     const bool few = plan.each_n <= kFewGradUnits;
-    if (s.window() > 1)
-      few ? run(std::true_type{}, Few{}) : run(std::true_type{}, Most{});
+    if (s.window() == 1)
+      few ? run(std::integral_constant<int, 1>{}, Few{})
+          : run(std::integral_constant<int, 1>{}, Most{});
+    else if (s.window() <= 4)
+      few ? run(std::integral_constant<int, 4>{}, Few{})
+          : run(std::integral_constant<int, 4>{}, Most{});
     else
-      few ? run(std::false_type{}, Few{}) : run(std::false_type{}, Most{});
+      run(std::integral_constant<int, kMostGradPlaces>{}, Most{});
   });
   launch_sum_chunks(launch, s, plan.splits, partial, t);
 }
