@@ -270,8 +270,7 @@ struct InputSource {
       const PatchEntry pixel = table[item.pixel];
       const int c = chunk * t.channels + item.vector * Vector<Element>::kSize;
       const bool inside = is_inside(s, box, pixel) && c < static_cast<int>(s.C);
-      const Element* from =
-          x.data + (inside ? origin + pixel.from + static_cast<int64_t>(c) * x.c : 0);
+      const Element* from = x.data + (inside ? multiply_add_wide(c, x.c, origin + pixel.from) : 0);
       load_vector(s, patch + pixel.to + item.vector * 16, from, c, inside);
     }
   }
@@ -286,8 +285,8 @@ struct InputSource {
 
  private:
   __device__ int64_t first_pixel(const Box& box) const {
-    return static_cast<int64_t>(box.n) * x.n + static_cast<int64_t>(box.h) * x.h +
-           static_cast<int64_t>(box.w) * x.w;
+    const int64_t image = multiply_add_wide(box.n, x.n, 0);
+    return multiply_add_wide(box.w, x.w, multiply_add_wide(box.h, x.h, image));
   }
 
   // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4).
