@@ -751,14 +751,15 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
                              const float (&sums)[2 * kGroups][kTilesN][4]) {
   constexpr int kColumns = 8 * kTilesN, kRow = kColumns + 1, kRuns = kColumns / kRun;
   const int warp = row_warp(), g = threadIdx.x % kWarpSize / 4;
+  if (warp * kGroups * 32 < t.units)
 #pragma unroll
-  for (int m = 0; m < 2 * kGroups; ++m)
+    for (int m = 0; m < 2 * kGroups; ++m)
 #pragma unroll
-    for (int tile = 0; tile < kTilesN; ++tile)
+      for (int tile = 0; tile < kTilesN; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow +
-            channel_of_column(8 * tile + 2 * (threadIdx.x % 4) + i % 2)] = sums[m][tile][i];
+        for (int i = 0; i < 4; ++i)
+          map[((warp * kGroups * 2 + m) * 16 + i / 2 * 8 + g) * kRow +
+              channel_of_column(8 * tile + 2 * (threadIdx.x % 4) + i % 2)] = sums[m][tile][i];
   __syncthreads();
   const int outputs = t.images * t.box_h * t.box_w;
   for (int i = threadIdx.x; i < outputs * kRuns; i += blockDim.x) {

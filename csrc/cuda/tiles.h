@@ -202,7 +202,8 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   t.weight_row_bytes = t.depth_bytes + 16;
   t.weight_bytes = int64_t{c.columns} * t.taps * t.weight_row_bytes;
   t.map_row_bytes = 4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
-  t.map_bytes = positions ? round_up(c.rows() * t.map_row_bytes, 16) : 0;
+  const int64_t map_rows = round_up(t.units, 32 * c.groups);  // of warps that have any
+  t.map_bytes = positions ? round_up(map_rows * t.map_row_bytes, 16) : 0;
   t.table_entries = 2 * t.taps;
   t.pixels = images * t.patch_h * t.patch_w;
   const int64_t pixel_table = c.pixel_table ? kPatchEntryBytes * t.pixels : 0;
