@@ -29,9 +29,10 @@ constexpr int kBatch = 4;  // vectors that a thread asks for before it waits for
 template <int kGroup>
 constexpr int kRowsThreads = kGroup < 128 ? 128 : kGroup;
 // Blocks that a multiprocessor is to hold at least: 1024 threads have 64 registers each, which the
-// gradient needs. Without it 48 do, and more threads ask for more memory at a time.
+// gradient needs. Without it 48 do, and more threads ask for more memory at a time; before 8.0
+// there are no more than 1024.
 template <int kGroup, bool kWithGrad>
-constexpr int kRowsBlocks = (kWithGrad ? 1024 : 1280) / kRowsThreads<kGroup>;
+constexpr int kRowsBlocks = (kWithGrad || !FASTCLS_SM80 ? 1024 : 1280) / kRowsThreads<kGroup>;
 
 // ---- a row as vectors
 
