@@ -34,11 +34,11 @@ std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int ar
   }
 }
 
-// Strides that the matrix-product kernels hold in 32 bits.
-bool is_narrow(const Tensor& t) {
-  for (int64_t d = 0; d < 4; ++d)
-    if (t.stride(d) > std::numeric_limits<int32_t>::max()) return false;
-  return true;
+// Do 32 bits hold the way from the first of `images` to any element of the last?
+bool is_narrow(const Tensor& t, int64_t images) {
+  const int64_t last = images * t.stride(0) + (t.size(1) + 1) * t.stride(1) +
+                       2 * t.size(2) * t.stride(2) + 2 * t.size(3) * t.stride(3);
+  return last <= std::numeric_limits<int32_t>::max();
 }
 
 // Few channels would fill a step of the sum with padding, where the pixels under a row of the
@@ -47,24 +47,27 @@ bool folds(const ConvBlockShape& s) { return s.C <= 8 && s.dilation_w == 1; }
 
 GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s, const Tensor& input,
                       std::optional<Arithmetic> a) {
-  return a && is_narrow(input)
-             ? gemm_plan(s, *a, folds(s), 64, launch.arch(), launch.max_shared_bytes())
-             : GemmPlan{};
+  if (!a) return {};
+  const GemmPlan plan = gemm_plan(s, *a, folds(s), true, launch.arch(), launch.max_shared_bytes());
+  return plan.exists() && is_narrow(input, plan.tile.images) ? plan : GemmPlan{};
 }
 
 GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
                              std::optional<Arithmetic> a) {
   return a && s.stride_h == 1 && s.stride_w == 1
-             ? gemm_plan(transposed(s), *a, false, 64, launch.arch(), launch.max_shared_bytes())
+             ? gemm_plan(transposed(s), *a, false, false, launch.arch(), launch.max_shared_bytes())
              : GemmPlan{};
 }
 
 WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
                                     const Tensor& input, const Tensor& grad_out,
                                     std::optional<Arithmetic> a) {
-  return a && is_narrow(input) && is_narrow(grad_out)
-             ? weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes())
-             : WeightGradPlan{};
+  if (!a) return {};
+  const WeightGradPlan plan =
+      weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes());
+  const int64_t images = plan.tile.images;
+  const bool serves = plan.exists() && is_narrow(input, images) && is_narrow(grad_out, images);
+  return serves ? plan : WeightGradPlan{};
 }
 
 }  // namespace

@@ -20,11 +20,6 @@ struct GradSource {
   int tiling;                          // see MapGrad
   Divider by_windows_h, by_windows_w;  // as many as a patch can touch
 
-  __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t k, int h,
-                       int w, bool inside) const {
-    grad.write(to, n, static_cast<int>(k), h, w, inside && k < s.C, Math::rounded, nullptr);
-  }
-
   __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
                              const Box& box, int chunk) const {
     if (tiling == 2)
@@ -32,10 +27,23 @@ struct GradSource {
     else if (tiling == 1)
       load_windows<1>(s, t, patch, box, chunk);
     else
-      cuda::load_patch<Math>(s, t, *this, patch, box, chunk);
+      load_positions(s, t, patch, box, chunk);
   }
 
  private:
+  __device__ void load_positions(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
+                                 const Box& box, int chunk) const {
+    const unsigned items = t.pixels * t.by_vectors.divisor;
+#pragma unroll 1  // the sums take most registers, and an item's own loads are many
+    for (unsigned i = threadIdx.x; i < items; i += blockDim.x) {
+      const PatchItem item = patch_item(t, channels_inner, i);
+      const PatchEntry at = patch_entry(t, item.pixel);
+      const int k = chunk * t.channels + item.vector * MapGrad<Element>::kSize;
+      grad.write(patch + at.to + item.vector * 16, box.n + at.image, k, box.h + at.y(),
+                 box.w + at.x(), is_inside(s, box, at) && k < s.C, Math::rounded, nullptr);
+    }
+  }
+
   // 16 bytes of channels of one window.
   struct Window {
     typename MapGrad<Element>::Vector grads;

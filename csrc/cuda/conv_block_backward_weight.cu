@@ -96,6 +96,12 @@ __device__ inline void fill_positions(const ConvBlockShape& s, const WeightGradP
 
 // ---- pooled gradients and codes in shared memory, [outputs of the box, 32 channels]
 
+// An output of the box: elements from the box's first output to its gradients, codes to its codes,
+// and how far from the first it is. The same for all boxes.
+struct alignas(kPatchEntryBytes) OutputEntry {
+  int grad, code, y_x, image;  // image -1: there is none
+};
+
 template <typename T>
 struct GradSource {
   NarrowView<const T> g;  // pooled gradient [N, K, out_h, out_w]
@@ -103,59 +109,73 @@ struct GradSource {
   bool vectors, code_vectors;  // channels lie in aligned 16-byte vectors
   bool channels_inner;
 
-  // Output `unit` of the box; false: there is none.
-  __device__ static bool find(const ConvBlockShape& s, const GemmTile& t, const Box& box, int unit,
-                              int* n, int* h, int* w) {
-    const Unit u = unit_at(t, unit);
-    *n = box.n + u.image, *h = box.out_h + u.y, *w = box.out_w + u.x;
-    return unit < t.units && *n < s.N && *h < s.out_h && *w < s.out_w;
+  __device__ void fill_table(const ConvBlockShape& s, const GemmTile& t, int outputs,
+                             OutputEntry* table) const {
+    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+      const Unit u = unit_at(t, i);
+      const int row = u.image * static_cast<int>(s.out_h) + u.y;
+      const int code = (row * static_cast<int>(s.out_w) + u.x) * static_cast<int>(s.K);
+      table[i] = {u.image * g.n + u.y * g.h + u.x * g.w, code, u.x << 16 | u.y,
+                  i < t.units ? u.image : -1};
+    }
   }
 
-  __device__ void load_grads(const ConvBlockShape& s, const GemmTile& t, const Box& box, int k0,
-                             int outputs, unsigned char* to) const {
+  __device__ void load_grads(const ConvBlockShape& s, const Box& box, int k0, int outputs,
+                             const OutputEntry* table, unsigned char* to) const {
     constexpr int kSize = Vector<T>::kSize, kVectors = kGradChannels / kSize;
-#pragma unroll 1
+    const int64_t origin = static_cast<int64_t>(box.n) * g.n +
+                           static_cast<int64_t>(box.out_h) * g.h +
+                           static_cast<int64_t>(box.out_w) * g.w;
+#pragma unroll 2
     for (int i = threadIdx.x; i < outputs * kVectors; i += blockDim.x) {
       const int unit = channels_inner ? i / kVectors : i % outputs;
       const int vector = channels_inner ? i % kVectors : i / outputs;
-      int n, h, w;
-      const bool inside = find(s, t, box, unit, &n, &h, &w);
+      const OutputEntry output = table[unit];
       const int k = k0 + vector * kSize;
+      const bool inside = exists(s, box, output) && k < static_cast<int>(s.K);
+      const T* const from =
+          g.data + (inside ? origin + output.grad + static_cast<int64_t>(k) * g.c : 0);
       unsigned char* const at = to + unit * kGradRow<T> + vector * 16;
       if (vectors) {
-        const bool zeros = !inside || k >= s.K;
-        copy_async(at, zeros ? g.data : g.at(n, k, h, w), zeros);
+        copy_async(at, from, !inside);
         continue;
       }
       Vector<T> v;
 #pragma unroll
       for (int e = 0; e < kSize; ++e)
-        v.e[e] = inside && k + e < s.K ? *g.at(n, k + e, h, w) : static_cast<T>(0.0f);
+        v.e[e] = inside && k + e < s.K ? from[static_cast<int64_t>(e) * g.c] : static_cast<T>(0.0f);
       *reinterpret_cast<Vector<T>*>(at) = v;
     }
   }
 
   // Codes of gradients that are zero do not matter.
-  __device__ void load_codes(const ConvBlockShape& s, const GemmTile& t, const Box& box, int k0,
-                             int outputs, unsigned char* to) const {
+  __device__ void load_codes(const ConvBlockShape& s, const Box& box, int k0, int outputs,
+                             const OutputEntry* table, unsigned char* to) const {
     constexpr int kVectors = kGradChannels / 16;
     const uint8_t* const data = static_cast<const uint8_t*>(codes.data);
-    const int image = static_cast<int>(s.out_h * s.out_w * s.K);
-#pragma unroll 1
+    const int64_t row = static_cast<int64_t>(box.n) * s.out_h + box.out_h;
+    const int64_t origin = (row * s.out_w + box.out_w) * s.K;
+#pragma unroll 2
     for (int i = threadIdx.x; i < outputs * kVectors; i += blockDim.x) {
-      const int unit = i / kVectors;
-      const int k = k0 + i % kVectors * 16;
-      int n, h, w;
-      const bool inside = data && find(s, t, box, unit, &n, &h, &w) && k < s.K;
+      const int unit = i / kVectors, k = k0 + i % kVectors * 16;
+      const OutputEntry output = table[unit];
+      const bool inside = data && exists(s, box, output) && k < static_cast<int>(s.K);
+      const int64_t from = inside ? origin + output.code + k : 0;
       unsigned char* const at = to + unit * kGradCodeBytes + i % kVectors * 16;
-      const int at_image = (h * static_cast<int>(s.out_w) + w) * static_cast<int>(s.K) + k;
-      const int64_t first = inside ? static_cast<int64_t>(n) * image + at_image : 0;
       if (code_vectors) {
-        copy_async(at, data + first, !inside);
+        copy_async(at, data + from, !inside);
         continue;
       }
-      for (int e = 0; e < 16; ++e) at[e] = inside && k + e < s.K ? data[first + e] : 0;
+      for (int e = 0; e < 16; ++e) at[e] = inside && k + e < s.K ? data[from + e] : 0;
     }
+  }
+
+ private:
+  __device__ static bool exists(const ConvBlockShape& s, const Box& box,
+                                const OutputEntry& output) {
+    return output.image >= 0 && box.n + output.image < static_cast<int>(s.N) &&
+           box.out_h + (output.y_x & 0xffff) < static_cast<int>(s.out_h) &&
+           box.out_w + (output.y_x >> 16) < static_cast<int>(s.out_w);
   }
 };
 
@@ -294,8 +314,8 @@ __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_windo
     const unsigned char* const right = at.patch + positions[1] + 4 * g;
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-      const uint32_t b0 = to_tf32(*reinterpret_cast<const float*>(left + columns.offset[j]));
-      const uint32_t b1 = to_tf32(*reinterpret_cast<const float*>(right + columns.offset[j]));
+      const uint32_t b0 = *reinterpret_cast<const uint32_t*>(left + columns.offset[j]);
+      const uint32_t b1 = *reinterpret_cast<const uint32_t*>(right + columns.offset[j]);
 #pragma unroll
       for (int m = 0; m < kGradFragments; ++m) Math::multiply(sums[m][j], a[m], b0, b1);
     }
@@ -405,7 +425,8 @@ __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGrad
 
 // Grid: x has the parts of the boxes, y the output channels, 32 at a time, and the chunks of input
 // channels. partial [parts, K, taps x C + 1]. Shared memory: two patches, gradients and codes of
-// two boxes, positions; at the end room to add up.
+// two boxes, positions, tables of the patch's pixels and the box's outputs; at the end room to add
+// up.
 template <typename Math, bool kWindows, int kUnits>
 __global__ void __launch_bounds__(kGradThreads, 2)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
@@ -419,12 +440,17 @@ __global__ void __launch_bounds__(kGradThreads, 2)
   unsigned char* const grads = patches + 2 * t.patch_bytes;
   unsigned char* const codes = grads + 2 * outputs * kGradRow<T>;
   int* const positions = reinterpret_cast<int*>(codes + 2 * outputs * kGradCodeBytes);
+  PatchEntry* const pixels = reinterpret_cast<PatchEntry*>(positions + p.steps * kGradStep);
+  OutputEntry* const table = reinterpret_cast<OutputEntry*>(pixels + t.pixels);
   const int chunk = blockIdx.y % t.chunks;
   const int k0 = static_cast<int>(blockIdx.y / t.chunks) * kGradChannels;
   const int warp = threadIdx.x / kWarpSize, warp_n = warp % p.warps_n, warp_k = warp / p.warps_n;
   const int lane = threadIdx.x % kWarpSize, first_unit = warp_n * p.each_n;
 
   fill_positions(s, p, positions);
+  input.fill_table(t, pixels);
+  source.fill_table(s, t, outputs, table);
+  __syncthreads();
   GradColumns<kUnits> columns;
   constexpr bool kPairs = sizeof(T) == 2;
 #pragma unroll
@@ -443,18 +469,22 @@ __global__ void __launch_bounds__(kGradThreads, 2)
     if (i + 1 < last) {
       const Box box = box_at(s, t, i + 1);
       const int slot = (i + 1 - first) % 2;
-      source.load_grads(s, t, box, k0, outputs, grads + slot * outputs * kGradRow<T>);
-      source.load_codes(s, t, box, k0, outputs, codes + slot * outputs * kGradCodeBytes);
+      source.load_grads(s, box, k0, outputs, table, grads + slot * outputs * kGradRow<T>);
+      source.load_codes(s, box, k0, outputs, table, codes + slot * outputs * kGradCodeBytes);
       if (p.config.fold)
-        input.load_folded(s, t, patches + slot * t.patch_bytes, box);
+        input.load_folded(s, t, pixels, patches + slot * t.patch_bytes, box);
       else
-        load_patch<Math>(s, t, input, patches + slot * t.patch_bytes, box, chunk);
+        input.load_patch(s, t, pixels, patches + slot * t.patch_bytes, box, chunk);
     }
     copy_async_commit();
     if (i < first) continue;
     copy_async_wait<1>();
     __syncthreads();
     const int slot = (i - first) % 2;
+    if constexpr (Math::kArithmetic == Arithmetic::kTf32) {
+      round_patch<Math>(patches + slot * t.patch_bytes, t.patch_bytes);
+      __syncthreads();
+    }
     const int own = Layout<Math>::kMatrixUnit ? lane % 4 : 0;  // output of a step
 #pragma unroll 1
     for (int step = warp_k; step < p.steps; step += p.warps_k) {

@@ -119,10 +119,9 @@ struct Box {
 
 __device__ inline Box box_at(const ConvBlockShape& s, const GemmTile& t, unsigned i) {
   Box b;
-  const unsigned boxes_w = t.boxes_w, boxes_h = t.boxes_h;
-  b.out_w = static_cast<int>(i % boxes_w) * t.box_w;
-  b.out_h = static_cast<int>(i / boxes_w % boxes_h) * t.box_h;
-  b.n = static_cast<int>(i / boxes_w / boxes_h) * t.images;
+  b.out_w = split(i, t.by_boxes_w) * t.box_w;
+  b.out_h = split(i, t.by_boxes_h) * t.box_h;
+  b.n = static_cast<int>(i) * t.images;
   b.conv_h = b.out_h * static_cast<int>(s.pool_stride_h) - static_cast<int>(s.pool_pad_h);
   b.conv_w = b.out_w * static_cast<int>(s.pool_stride_w) - static_cast<int>(s.pool_pad_w);
   b.h = b.conv_h * static_cast<int>(s.stride_h) - static_cast<int>(s.pad_h);
@@ -159,17 +158,16 @@ __device__ inline int row_warp() {
   return static_cast<int>(((threadIdx.x + first) & (blockDim.x - 1)) / kWarpSize);
 }
 
-// Where row (m, h) of lane group g has its first tap in the patch. Rows beyond the last unit read
-// the last one's pixels: their sums are not stored.
-template <int kGroups, bool kFold>
-__device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int m, int h, int g) {
-  const int warp = row_warp();
-  int index = (warp * kGroups * 2 + m) * 16 + h * 8 + g, below = 0, right = 0;
+// Where a row of the product has its first tap in the patch. Rows beyond the last unit read the
+// last one's pixels: their sums are not stored.
+template <bool kFold>
+__device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int row) {
+  int index = row, below = 0, right = 0;
   if (t.pooling == Pooling::kWindow) {
-    index = (warp * kGroups + m / 2) * 8 + g;
-    below = m % 2 * static_cast<int>(s.stride_h) * t.row_bytes;
+    index = row / 32 * 8 + row % 8;
+    below = row / 16 % 2 * static_cast<int>(s.stride_h) * t.row_bytes;
     // Otherwise this step is in the table of taps: see fill_table.
-    if (kFold) right = h * static_cast<int>(s.stride_w);
+    if (kFold) right = row / 8 % 2 * static_cast<int>(s.stride_w);
   }
   const int last = static_cast<int>(t.units) - 1;
   const Unit u = unit_at(t, index < last ? index : last);
@@ -210,80 +208,39 @@ NarrowView<T> narrowed(const View4<T>& v) {
           static_cast<int>(v.w)};
 }
 
-// A pixel of the patch: where it lies in the tensor, and in the patch.
-struct PatchPixel {
-  int n, h, w;
-  bool inside;  // the tensor
-  int x, at;    // column of the patch, bytes to its row
+// A pixel of the patch: elements from the box's first pixel to it, bytes from the patch's start,
+// and how far from the box's first pixel it is. The same for all boxes, so that it is in a table.
+struct alignas(kPatchEntryBytes) PatchEntry {
+  int from, to, y_x, image;
+  __device__ int y() const { return y_x & 0xffff; }
+  __device__ int x() const { return y_x >> 16; }
 };
 
-// Pixel `i` of the patch under the box.
-__device__ inline PatchPixel patch_pixel(const ConvBlockShape& s, const GemmTile& t, const Box& box,
-                                         unsigned i) {
-  PatchPixel p;
-  p.x = split(i, t.by_patch_w);
-  const int y = split(i, t.by_patch_h);
-  p.n = box.n + static_cast<int>(i), p.h = box.h + y, p.w = box.w + p.x;
-  p.inside = p.n < s.N && p.h >= 0 && p.h < s.H && p.w >= 0 && p.w < s.W;
-  p.at = static_cast<int>(i) * t.image_bytes + y * t.row_bytes;
-  return p;
+// Pixel `i` of the patch, `from` left out.
+__device__ inline PatchEntry patch_entry(const GemmTile& t, unsigned i) {
+  const int x = split(i, t.by_patch_w), y = split(i, t.by_patch_h), image = static_cast<int>(i);
+  const int column = t.copy_bytes ? x * t.pixel_bytes : column_offset(t, x);  // of the first copy
+  return {0, image * t.image_bytes + y * t.row_bytes + column, x << 16 | y, image};
 }
 
-// Calls source.load(to, n, c, h, w, inside) for every 16 bytes of channels of every pixel of the
-// patch. Neighbouring threads take what lies side by side in memory.
-template <typename Math, typename Source>
-__device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
-                           unsigned char* patch, const Box& box, int chunk) {
-  constexpr int kVector = Vector<typename Math::Element>::kSize;
-  const unsigned pixels = t.images * t.patch_h * t.patch_w, vectors = t.by_vectors.divisor;
-#pragma unroll 1  // the sums take most registers, and an item's own loads are many
-  for (unsigned item = threadIdx.x; item < pixels * vectors; item += blockDim.x) {
-    unsigned quotient = item;
-    const int rest = split(quotient, source.channels_inner ? t.by_vectors : t.by_pixels);
-    const unsigned pixel = source.channels_inner ? quotient : rest;
-    const int vector = source.channels_inner ? rest : static_cast<int>(quotient);
-    const PatchPixel p = patch_pixel(s, t, box, pixel);
-    source.load(s, patch + p.at + column_offset(t, p.x) + vector * 16, p.n,
-                chunk * t.channels + vector * kVector, p.h, p.w, p.inside);
-  }
+// Does the pixel lie in a tensor [N, ., H, W], and not in its padding?
+__device__ inline bool is_inside(const ConvBlockShape& s, const Box& box, const PatchEntry& pixel) {
+  return static_cast<unsigned>(box.h + pixel.y()) < static_cast<unsigned>(s.H) &&
+         static_cast<unsigned>(box.w + pixel.x()) < static_cast<unsigned>(s.W) &&
+         box.n + pixel.image < static_cast<int>(s.N);
 }
 
-// The same for a folded patch of kChannels to a pixel: several pixels at a time, for their channels
-// have to pass through registers.
-template <typename Math, int kChannels, typename Source>
-__device__ void load_folded_patch(const ConvBlockShape& s, const GemmTile& t, const Source& source,
-                                  unsigned char* patch, const Box& box) {
-  using Element = typename Math::Element;
-  constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes <= 16 ? 2 : 1;
-  struct alignas(kBytes < 16 ? kBytes : 16) Pixel {
-    Element e[kChannels];
-  };
-  const unsigned pixels = t.images * t.patch_h * t.patch_w;
-#pragma unroll 1
-  for (unsigned first = threadIdx.x; first < pixels; first += kAtOnce * blockDim.x) {
-    Pixel values[kAtOnce];
-    int to[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned item = first + i * blockDim.x;
-      const PatchPixel p = patch_pixel(s, t, box, item);
-      to[i] = p.at + p.x * kBytes;
-      const bool inside = p.inside && item < pixels;
-      const Element* const from = inside ? source.x.at(p.n, 0, p.h, p.w) : nullptr;
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c)
-        values[i].e[c] =
-            inside && c < s.C ? from[static_cast<int64_t>(c) * source.x.c] : Math::rounded(0.0f);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * blockDim.x >= pixels) break;
-      *reinterpret_cast<Pixel*>(patch + to[i]) = values[i];
-      // Column x starts the run x - 1 of the other copy. That of column 0 is where nobody reads:
-      // the last one of the row before, or the room between the copies.
-      if (kBytes == 8) *reinterpret_cast<Pixel*>(patch + t.copy_bytes + to[i] - kBytes) = values[i];
-    }
-  }
+// The 16 bytes of channels that are item `i` of the patch: neighbouring threads take what lies side
+// by side in memory.
+struct PatchItem {
+  unsigned pixel;
+  int vector;
+};
+
+__device__ inline PatchItem patch_item(const GemmTile& t, bool channels_inner, unsigned i) {
+  const unsigned rest = split(i, channels_inner ? t.by_vectors : t.by_pixels);
+  return channels_inner ? PatchItem{i, static_cast<int>(rest)}
+                        : PatchItem{rest, static_cast<int>(i)};
 }
 
 // The input as the product's operand: copied as it is.
@@ -295,24 +252,92 @@ struct InputSource {
   bool channels_inner;          // in memory
   bool async;                   // channels lie in aligned 16-byte vectors
 
+  __device__ void fill_table(const GemmTile& t, PatchEntry* table) const {
+    for (unsigned i = threadIdx.x; i < static_cast<unsigned>(t.pixels); i += blockDim.x) {
+      PatchEntry pixel = patch_entry(t, i);
+      pixel.from = pixel.image * x.n + pixel.y() * x.h + pixel.x() * x.w;
+      table[i] = pixel;
+    }
+  }
+
+  __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
+                             unsigned char* patch, const Box& box, int chunk) const {
+    const int64_t origin = first_pixel(box);
+    const unsigned items = t.pixels * t.by_vectors.divisor;
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < items; i += blockDim.x) {
+      const PatchItem item = patch_item(t, channels_inner, i);
+      const PatchEntry pixel = table[item.pixel];
+      const int c = chunk * t.channels + item.vector * Vector<Element>::kSize;
+      const bool inside = is_inside(s, box, pixel) && c < static_cast<int>(s.C);
+      const Element* from =
+          x.data + (inside ? origin + pixel.from + static_cast<int64_t>(c) * x.c : 0);
+      load_vector(s, patch + pixel.to + item.vector * 16, from, c, inside);
+    }
+  }
+
+  __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
+                              unsigned char* patch, const Box& box) const {
+    if (t.channels == 4)
+      load_folded<4>(s, t, table, patch, box);
+    else
+      load_folded<8>(s, t, table, patch, box);
+  }
+
+ private:
+  __device__ int64_t first_pixel(const Box& box) const {
+    return static_cast<int64_t>(box.n) * x.n + static_cast<int64_t>(box.h) * x.h +
+           static_cast<int64_t>(box.w) * x.w;
+  }
+
   // Channels [c, c + 8) or, in 4 bytes each, [c, c + 4).
-  __device__ void load(const ConvBlockShape& s, unsigned char* to, int64_t n, int64_t c, int h,
-                       int w, bool inside) const {
-    inside = inside && c < s.C;
-    const Element* from = inside ? x.at(static_cast<int>(n), static_cast<int>(c), h, w) : x.data;
+  __device__ void load_vector(const ConvBlockShape& s, unsigned char* to, const Element* from,
+                              int c, bool inside) const {
     if (async) return copy_async(to, from, !inside);
     Vector<Element> v;
 #pragma unroll
     for (int i = 0; i < v.kSize; ++i)
-      v.e[i] = inside && c + i < s.C ? from[i * x.c] : Math::rounded(0.0f);
+      v.e[i] = inside && c + i < s.C ? from[static_cast<int64_t>(i) * x.c] : Math::rounded(0.0f);
     *reinterpret_cast<Vector<Element>*>(to) = v;
   }
-  __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
-                              const Box& box) const {
-    if (t.channels == 4)
-      load_folded_patch<Math, 4>(s, t, *this, patch, box);
-    else
-      load_folded_patch<Math, 8>(s, t, *this, patch, box);
+
+  // A folded patch of kChannels to a pixel, several pixels at a time, for their channels have to
+  // pass through registers.
+  template <int kChannels>
+  __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
+                              unsigned char* patch, const Box& box) const {
+    constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes <= 16 ? 2 : 1;
+    struct alignas(kBytes < 16 ? kBytes : 16) Pixel {
+      Element e[kChannels];
+    };
+    const int64_t origin = first_pixel(box);
+    const unsigned pixels = t.pixels;
+#pragma unroll 1
+    for (unsigned first = threadIdx.x; first < pixels; first += kAtOnce * blockDim.x) {
+      Pixel values[kAtOnce];
+      int to[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const unsigned item = first + i * blockDim.x;
+        const PatchEntry pixel = table[item < pixels ? item : 0];
+        const bool inside = is_inside(s, box, pixel);
+        const Element* const from = x.data + (inside ? origin + pixel.from : 0);
+        to[i] = pixel.to;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c)
+          values[i].e[c] =
+              inside && c < s.C ? from[static_cast<int64_t>(c) * x.c] : Math::rounded(0.0f);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * blockDim.x >= pixels) break;
+        *reinterpret_cast<Pixel*>(patch + to[i]) = values[i];
+        // Column x starts the run x - 1 of the other copy. That of column 0 is where nobody reads:
+        // the last one of the row before, or the room between the copies.
+        if (kBytes == 8)
+          *reinterpret_cast<Pixel*>(patch + t.copy_bytes + to[i] - kBytes) = values[i];
+      }
+    }
   }
 };
 
@@ -412,17 +437,16 @@ __device__ void round_patch(unsigned char* patch, int bytes) {
 template <typename Math, int kTilesN, bool kFold, int kSteps>
 __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
                               const unsigned char* patch, const unsigned char* weights,
-                              const int* table,
+                              const int* table, const int* row_offsets,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps ? kSteps : 1;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
   // bytes.
   const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
-  const unsigned char* rows[kM];
+  const int* const own_rows = row_offsets + row_warp() * kM * 16 + half * 8 + lane % 8;
+  SharedAddress rows[kM];
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
-    rows[m] =
-        patch + piece * 16 + row_offset<Layout<Math>::kGroups, kFold>(s, t, m, half, lane % 8);
+  for (int m = 0; m < kM; ++m) rows[m] = shared_address(patch) + piece * 16 + own_rows[m * 16];
   const int* tap_offsets = table + half * t.taps;
   SharedAddress b_row =
       shared_address(weights) + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
@@ -465,17 +489,17 @@ __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
 template <typename Math, int kTilesN, bool kFold>
 __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
                                   const unsigned char* patch, const unsigned char* weights,
-                                  const int* table,
+                                  const int* table, const int* row_offsets,
                                   float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   switch (t.depth_bytes) {
     case 32:
-      return multiply_taps<Math, kTilesN, kFold, 1>(s, t, patch, weights, table, sums);
+      return multiply_taps<Math, kTilesN, kFold, 1>(s, t, patch, weights, table, row_offsets, sums);
     case 64:
-      return multiply_taps<Math, kTilesN, kFold, 2>(s, t, patch, weights, table, sums);
+      return multiply_taps<Math, kTilesN, kFold, 2>(s, t, patch, weights, table, row_offsets, sums);
     case 128:
-      return multiply_taps<Math, kTilesN, kFold, 4>(s, t, patch, weights, table, sums);
+      return multiply_taps<Math, kTilesN, kFold, 4>(s, t, patch, weights, table, row_offsets, sums);
     default:
-      return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, sums);
+      return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, row_offsets, sums);
   }
 }
 
@@ -483,14 +507,13 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
 template <typename Math, int kTilesN, bool kFold>
 __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
                                 const unsigned char* patch, const unsigned char* weights,
-                                const int* table,
+                                const int* table, const int* row_offsets,
                                 float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   constexpr int kM = 2 * Layout<Math>::kGroups;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4;
   int rows[kM][2];
   for (int m = 0; m < kM; ++m)
-    for (int h = 0; h < 2; ++h)
-      rows[m][h] = row_offset<Layout<Math>::kGroups, kFold>(s, t, m, h, g);
+    for (int h = 0; h < 2; ++h) rows[m][h] = row_offsets[((row_warp() * kM + m) * 2 + h) * 8 + g];
   const unsigned char* b_row = weights + 2 * (lane % 4) * t.weight_row_bytes;
 
   const int tap_bytes = 8 * kTilesN * t.weight_row_bytes;
@@ -705,10 +728,17 @@ __device__ void store_pooled(const ConvBlockShape& s, const GemmTile& t, const G
 
 // ---- the kernel
 
+// Blocks that shall fit on a multiprocessor side by side: a folded patch leaves shared memory for a
+// third one.
+template <typename Math, int kTilesN, bool kFold>
+constexpr int gemm_blocks() {
+  return kFold && kTilesN == 4 && sizeof(typename Math::Element) == 2 ? 3 : 2;
+}
+
 // Grid: x shares out the boxes, y the output channels. Shared memory: weights, two patches, the map
-// to pool, bias, table.
+// to pool, bias, tables of taps, rows and, for the input, the patch's pixels.
 template <typename Math, int kTilesN, bool kFold, typename Source>
-__global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
+__global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTilesN, kFold>())
     gemm_kernel(ConvBlockShape s, GemmTile t, Source source, const unsigned char* packed,
                 GemmValues bias, GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
@@ -719,10 +749,19 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
   float* const map = reinterpret_cast<float*>(patches + 2 * t.patch_bytes);
   float* const first = reinterpret_cast<float*>(patches + 2 * t.patch_bytes + t.map_bytes);
   int* const table = reinterpret_cast<int*>(first + kColumns);
+  int* const row_offsets = table + t.table_entries;
+  constexpr int kRows = Layout<Math>::kConfig.rows();
+  PatchEntry* const pixels = reinterpret_cast<PatchEntry*>(shared + t.shared_bytes) - t.pixels;
   const int column0 = blockIdx.y * kColumns;
 
   // 1. What stays the same for all boxes.
   fill_table<kFold>(s, t, table);
+  for (int row = threadIdx.x; row < kRows; row += blockDim.x)
+    row_offsets[row] = row_offset<kFold>(s, t, row);
+  if constexpr (!Source::kRounded) {
+    source.fill_table(t, pixels);
+    __syncthreads();
+  }
   for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
     first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
 
@@ -745,9 +784,9 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
       if constexpr (Source::kRounded)  // a gradient is expanded, window by window
         source.load_patch(s, t, next, box, chunk);
       else if constexpr (kFold)
-        source.load_folded(s, t, next, box);
+        source.load_folded(s, t, pixels, next, box);
       else
-        load_patch<Math>(s, t, source, next, box, chunk);
+        source.load_patch(s, t, pixels, next, box, chunk);
     }
     copy_async_commit();
     if (stage < 0) continue;
@@ -773,9 +812,9 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
     const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
     if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
       if constexpr (!Layout<Math>::kMatrixUnit)
-        multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+        multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
       else
-        multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, sums);
+        multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
     }
 
     // 4. The outputs of the box.
@@ -796,8 +835,8 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, 2)
 
 // ---- launching
 
-// Packs the weights, then persistent blocks: two per multiprocessor, as many as shared memory has
-// room for. The packed weights lie where `like` does.
+// Packs the weights, then persistent blocks: as many as a multiprocessor has room for. The packed
+// weights lie where `like` does.
 template <typename Math, int kTilesN, bool kFold, typename Source>
 void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile& t,
                  const Source& source, const GemmWeight& weight, const void* bias,
@@ -809,7 +848,10 @@ void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile
   launch(pack_weights_kernel<Math, kTilesN, kFold>, dim3(element_blocks(elements)), kElementThreads,
          s, t, weight, static_cast<Element*>(packed.mutable_data_ptr()), elements);
 
-  const int64_t at_once = std::max<int64_t>(2 * launch.multiprocessors() / columns, 1);
+  // Each block takes another KiB.
+  const int64_t room = launch.max_shared_bytes() / (t.shared_bytes + 1024);
+  const int64_t blocks = std::clamp<int64_t>(room, 1, gemm_blocks<Math, kTilesN, kFold>());
+  const int64_t at_once = std::max<int64_t>(blocks * launch.multiprocessors() / columns, 1);
   const int64_t turns = ceil_div(t.boxes, at_once);
   launch.with_shared(t.shared_bytes, gemm_kernel<Math, kTilesN, kFold, Source>,
                      dim3(ceil_div(t.boxes, turns), columns), Layout<Math>::kThreads, s, t, source,

@@ -77,6 +77,7 @@ struct GemmConfig {
   int columns;        // output channels of a block
   int warps, groups;  // a warp has `groups` times 32 rows
   bool weight_grad;   // the sum runs over the positions: see WeightGradPlan
+  bool pixel_table;   // the patch is loaded through a table of its pixels
 
   constexpr int rows() const { return 32 * warps * groups; }
   // Channels come in steps of 32 bytes, one fragment of the matrix unit or 8 columns of dW, or of
@@ -90,8 +91,11 @@ struct GemmConfig {
 constexpr GemmConfig gemm_config(Arithmetic a, bool fold, int columns) {
   const bool matrix_unit = a != Arithmetic::kFloat;
   const int bytes = a == Arithmetic::kBf16 || a == Arithmetic::kF16 ? 2 : 4;
-  return {bytes, matrix_unit, fold, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false};
+  return {bytes, matrix_unit, fold, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false, true};
 }
+
+// One pixel of the patch, or one output of a box: where it lies, in shared memory's table.
+constexpr int64_t kPatchEntryBytes = 16;
 
 // How the rows of the product are numbered. 32 rows are one output each; or the 4 positions of 8
 // windows of 2 x 2, so that one thread holds a window's positions in registers; or the positions of
@@ -124,8 +128,11 @@ struct GemmTile {
   int step_h, step_w, step_bytes;  // between neighbouring units: in the input; bytes along a row
   int weight_row_bytes, map_row_bytes, map_bytes;
   int64_t weight_bytes, table_entries;
+  int pixels;    // of the patch
+  int64_t work;  // see gemm_tile
   int64_t shared_bytes;
-  Divider by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_pixels, by_interleave, by_vectors;
+  Divider by_boxes_w, by_boxes_h, by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_pixels,
+      by_interleave, by_vectors;
 };
 
 // The product for dW: 32 output channels by up to 72 units of 8 columns, (tap, channel) pairs; a
@@ -197,19 +204,22 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   t.map_row_bytes = 4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
   t.map_bytes = positions ? round_up(c.rows() * t.map_row_bytes, 16) : 0;
   t.table_entries = 2 * t.taps;
+  t.pixels = images * t.patch_h * t.patch_w;
+  const int64_t pixel_table = c.pixel_table ? kPatchEntryBytes * t.pixels : 0;
   t.shared_bytes = t.weight_bytes + 2 * patch_bytes + t.map_bytes +
-                   round_up(4 * (t.table_entries + c.columns), 16);
+                   round_up(4 * (t.table_entries + c.columns + c.rows()), 16) + pixel_table;
   if (c.weight_grad) {
     const int64_t units = round_up(t.units, grad_step_units(s));
     t.table_entries = kGradStep * units / grad_step_units(s) * grad_window_steps(s);
     t.shared_bytes =
         2 * (patch_bytes + units * (grad_row_bytes(c.element_bytes) + kGradCodeBytes)) +
-        4 * t.table_entries;
+        4 * t.table_entries + pixel_table + kPatchEntryBytes * units;
     t.shared_bytes = std::max<int64_t>(t.shared_bytes, 4 * kWeightGradFloats);
   }
+  t.by_boxes_w = Divider(t.boxes_w), t.by_boxes_h = Divider(t.boxes_h);
   t.by_unit_w = Divider(t.unit_w), t.by_unit_h = Divider(t.unit_h);
   t.by_patch_w = Divider(t.patch_w), t.by_patch_h = Divider(t.patch_h);
-  t.by_pixels = Divider(images * t.patch_h * t.patch_w);
+  t.by_pixels = Divider(t.pixels);
   t.by_interleave = Divider(t.interleave);
   t.by_vectors = Divider(c.fold ? 1 : channels * c.element_bytes / 16);
   return t;
@@ -248,16 +258,14 @@ constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
   return round_up(s.C, c.step());
 }
 
-// The tile with the least work over all boxes; units = 0 where none fits. Work is counted in rows
-// of the product: those of the box, useful or not; a pixel of the patch, which is loaded once for
-// all taps, as half a row; and the block's weights where they have to be copied anew for each box,
-// as long as 96 rows on the matrix unit, or 8 rows of multiply-adds. For dW it is the work of one
-// block, with 64 rows for the start of a box. `blocks` share the boxes.
+// The tile with the least work for one of the `blocks` that share the boxes; units = 0 where none
+// fits. Work is counted in rows of the product: those of the box, and 64 for its start; a pixel of
+// the patch, which is loaded once for all taps, as half a row; and the weights where they have to
+// be copied anew for each box, as long as 96 rows on the matrix unit, or 8 rows of multiply-adds.
 constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64_t max_shared,
                              int64_t blocks) {
   GemmTile best{};
   int64_t least = std::numeric_limits<int64_t>::max();
-  const int64_t reload = c.matrix_unit ? 96 : 8;
   for (int64_t channels = pixel_channels(s, c); channels > 0;) {
     const int64_t share =
         std::max<int64_t>(blocks / (c.weight_grad ? ceil_div(s.C, channels) : 1), 1);
@@ -267,11 +275,13 @@ constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64
       const int64_t box_w = ceil_div(s.out_w, splits);
       const GemmTile t = gemm_tile_of_width(s, c, channels, box_w, most_images, max_shared);
       if (t.units == 0) continue;
-      const int64_t patch = t.images * t.patch_h * t.patch_w / 2;
+      const int64_t rows = c.weight_grad                   ? t.table_entries * t.chunks
+                           : t.pooling == Pooling::kWindow ? 4 * t.units
+                                                           : t.units;
+      const int64_t reload = c.weight_grad || t.chunks == 1 ? 0 : c.matrix_unit ? 96 : 8;
       const int64_t work =
-          c.weight_grad ? ceil_div(t.boxes, share) * t.chunks * (t.table_entries + patch + 64)
-                        : t.boxes * (c.rows() + patch + (t.chunks > 1 ? reload : 0));
-      if (work < least) least = work, best = t;
+          ceil_div(t.boxes, share) * (round_up(rows, 32) + 64 + t.pixels / 2 + reload);
+      if (work < least) least = work, best = t, best.work = work;
     }
     if (c.fold || channels == c.step()) break;
     channels = round_up(channels / 2, c.step());
@@ -306,6 +316,12 @@ constexpr bool gemm_serves(const ConvBlockShape& s) {
 // The matrix unit reads tf32 and bfloat16 from compute capability 8.0 on.
 constexpr bool arch_has(Arithmetic a, int arch) { return a == Arithmetic::kFloat || arch >= 80; }
 
+// 32 bits hold their number times chunks, and Divider takes the number apart.
+constexpr bool boxes_are_narrow(const GemmTile& t) {
+  return t.boxes * std::max(t.chunks, std::max(t.boxes_w, t.boxes_h)) <
+         std::numeric_limits<int32_t>::max();
+}
+
 struct GemmPlan {
   GemmConfig config;
   GemmTile tile;  // units = 0: there is none, the general kernels serve
@@ -313,20 +329,29 @@ struct GemmPlan {
 };
 
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
-// for: with 160 KiB and more two blocks shall fit on a multiprocessor.
-constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, int most_columns,
+// for: with 160 KiB and more, two blocks on a multiprocessor are tried as well as one with all the
+// memory, which does three quarters of what two do in the same time. 64 columns, for more than 32
+// channels, take 1.4 times as long as 32.
+constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, bool pixel_table,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
   constexpr int64_t kForTwo = 160 << 10;
-  for (int64_t shared : {max_shared >= kForTwo ? max_shared / 2 : max_shared, max_shared})
+  GemmPlan best{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int blocks : {2, 1})
     for (int columns : {64, 32}) {
-      if (columns > most_columns || (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)))
-        continue;
-      const GemmConfig c = gemm_config(a, fold, columns);
-      const GemmTile t = gemm_tile(s, c, shared, kGemmBlocks / ceil_div(s.K, columns));
-      if (t.units > 0 && t.boxes * t.chunks < std::numeric_limits<int32_t>::max()) return {c, t};
+      if (blocks == 2 && max_shared < kForTwo) continue;
+      if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
+      GemmConfig c = gemm_config(a, fold, columns);
+      c.pixel_table = pixel_table;
+      const int64_t column_blocks = ceil_div(s.K, columns);
+      const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
+      const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
+      if (t.units == 0 || !boxes_are_narrow(t)) continue;
+      const int64_t work = t.work * (columns == 64 ? 14 : 10) * (blocks == 2 ? 4 : 3);
+      if (work < least) least = work, best = {c, t};
     }
-  return {};
+  return best;
 }
 
 // dX is the convolution of the conv map's gradient, as wide as the map, with the weight mirrored
@@ -365,7 +390,7 @@ constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a,
   p.channel_blocks = ceil_div(s.K, kGradChannels);
   const int64_t blocks = std::max<int64_t>(kGemmBlocks / p.channel_blocks, 1);
   p.tile = gemm_tile(s, p.config, std::min(max_shared, kShared), blocks);
-  if (!p.exists() || p.tile.boxes >= std::numeric_limits<int32_t>::max()) return {};
+  if (!p.exists() || !boxes_are_narrow(p.tile)) return {};
   p.units = grad_units(p.tile, p.config);
   for (p.warps_n = 1; p.warps_n * kGradUnits < p.units;) p.warps_n *= 2;
   p.each_n = ceil_div(p.units, p.warps_n);

@@ -183,13 +183,6 @@ void copy_async_wait() {
 
 }  // namespace fastcls::cuda
 
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
 // Byte i of the result is the one of (a, b)'s eight that digit i of `selector` names.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
