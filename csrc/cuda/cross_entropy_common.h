@@ -153,11 +153,14 @@ __device__ void write_result(Sums sums, const Outputs<T, Acc>& out, int64_t rows
 template <int kThreads, typename T, typename Acc>
 __device__ void add_blocks(const Outputs<T, Acc>& out, int64_t blocks, int64_t rows) {
   Sums sums;
-  // Other multiprocessors may have written them just now: past the first-level cache.
-  const volatile Sums* of_block = out.of_block;
+  // Other multiprocessors may have written them just now: past the first-level cache. A thread asks
+  // for several at a time: the whole launch waits for this.
+#pragma unroll 8
   for (int64_t b = threadIdx.x; b < blocks; b += kThreads) {
-    sums.loss += of_block[b].loss, sums.weight += of_block[b].weight;
-    sums.hits += of_block[b].hits;
+    const Sums& of_block = out.of_block[b];
+    sums.loss += load_shared_by_blocks(&of_block.loss);
+    sums.weight += load_shared_by_blocks(&of_block.weight);
+    sums.hits += load_shared_by_blocks(&of_block.hits);
   }
   sums = reduce_block<kThreads>(sums);
   if (threadIdx.x == 0) write_result(sums, out, rows);
@@ -166,7 +169,10 @@ __device__ void add_blocks(const Outputs<T, Acc>& out, int64_t blocks, int64_t r
 // The end of a forward kernel, called by all threads. The block that comes last adds up the blocks.
 template <int kThreads, typename T, typename Acc>
 __device__ void finish(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
-  if (!out.sums) return;
+  if (!out.sums) {  // nobody divides by it, but what is returned is written
+    if (out.saved && blockIdx.x == 0 && threadIdx.x == 0) out.saved[2 * rows] = Acc(0);
+    return;
+  }
   sums = reduce_block<kThreads>(sums);
   if (gridDim.x == 1) {
     if (threadIdx.x == 0) write_result(sums, out, rows);

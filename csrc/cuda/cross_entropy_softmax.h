@@ -65,7 +65,8 @@ __device__ float row_loss(const Problem<T, float>& problem, const TargetClass<fl
 // d loss / d x = scale (Q p - q); q is `spread` for each class and `at_target` more for the target.
 template <typename T>
 struct RowGradient {
-  float m, log_sum, scale, q_sum, spread, at_target;
+  float m, log_sum, scale, spread, spread_sum, at_target;
+  float factor, offset;  // scale Q, and scale `spread`, of which an infinite scale makes no NaN
 
   __device__ RowGradient(const Problem<T, float>& problem, const TargetClass<float>& target,
                          float m, float log_sum, float scale)
@@ -73,12 +74,20 @@ struct RowGradient {
         log_sum(log_sum),
         scale(target.valid ? scale : kNaN<float>),
         spread(problem.spread),
+        spread_sum(spread * static_cast<float>(problem.layout.C)),
         at_target(target.valid ? problem.keep * target.weight : 0.f) {
-    q_sum = spread * static_cast<float>(problem.layout.C) + at_target;
+    factor = this->scale * (spread_sum + at_target);
+    offset = spread > 0 ? this->scale * spread : 0.f;
   }
-  __device__ float operator()(float x, bool is_target) const {
-    const float p = exp_of<T>((x - m) - log_sum);
-    return scale * ((q_sum * p - spread) - (is_target ? at_target : 0.f));
+  // Of every class but the target's.
+  __device__ float operator()(float x) const {
+    return factor * exp_of<T>((x - m) - log_sum) - offset;
+  }
+  // Of the target's. The surer the right prediction the less is left of p - 1: not the difference
+  // of a rounded p.
+  __device__ float of_target(float x) const {
+    const float below_1 = std::expm1((x - m) - log_sum);  // p - 1
+    return scale * (at_target * below_1 + (spread_sum * (below_1 + 1) - spread));
   }
 };
 
