@@ -196,6 +196,8 @@ constexpr int kFinishThreads = 256;
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(Outputs<T, Acc> out, int64_t blocks, int64_t rows) {
+  if (blocks == 0 && out.saved)
+    for (int64_t i = threadIdx.x; i < 2 * rows; i += kFinishThreads) out.saved[i] = Acc(0);
   add_blocks<kFinishThreads>(out, blocks, rows);
 }
 

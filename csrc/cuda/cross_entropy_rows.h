@@ -186,14 +186,9 @@ __device__ uint4 gradient_of(const uint4& vector, int first_class, int y,
   unpack<T>(vector, x);
   // All but one vector of the row can do without comparing each class with the target's.
   if (y >= first_class && y < first_class + kPerVector<T>) {
-    float x_y = 0;
 #pragma unroll
     for (int k = 0; k < kPerVector<T>; ++k)
-      if (first_class + k == y) x_y = x[k];
-    const float of_target = gradient.of_target(x_y);
-#pragma unroll
-    for (int k = 0; k < kPerVector<T>; ++k)
-      x[k] = first_class + k == y ? of_target : gradient(x[k]);
+      x[k] = first_class + k == y ? gradient.of_target : gradient(x[k]);
   } else {
 #pragma unroll
     for (int k = 0; k < kPerVector<T>; ++k) x[k] = gradient(x[k]);
@@ -347,11 +342,11 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
 
     // 3. Its gradient.
     if constexpr (kWithGrad) {
-      const RowGradient<T> gradient(problem, target, softmax.m, log_sum, scale);
+      const RowGradient<T> gradient(problem, target, softmax.m, log_sum, extras.x_y, scale);
       uint4* to = reinterpret_cast<uint4*>(grad + row.head);
       if (at_edge)
         grad[edge_class] =
-            static_cast<T>(edge_class == extras.y ? gradient.of_target(edge) : gradient(edge));
+            static_cast<T>(edge_class == extras.y ? gradient.of_target : gradient(edge));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
       if (rest >= row.vectors) continue;
       const int batches = (row.vectors - rest - 1) / (kBatch * kGroup);
@@ -381,11 +376,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   const TargetClass<float> target = problem.target_class(n);
   if (target.ignored) return store_zeros<T, kGroup>(row, lane, grad);
   const int y = target.valid ? static_cast<int>(target.y) : -1;
-  const RowGradient<T> gradient(problem, target, saved[n], saved[layout.rows + n], scale.of(n));
+  const RowGradient<T> gradient(problem, target, saved[n], saved[layout.rows + n],
+                                target.valid ? static_cast<float>(x[y]) : 0.f, scale.of(n));
   if (lane < row.edges) {
     const int c = row.class_of_edge(lane);
     const float edge = static_cast<float>(x[c]);
-    grad[c] = static_cast<T>(c == y ? gradient.of_target(edge) : gradient(edge));
+    grad[c] = static_cast<T>(c == y ? gradient.of_target : gradient(edge));
   }
   const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
   uint4* to = reinterpret_cast<uint4*>(grad + row.head);
