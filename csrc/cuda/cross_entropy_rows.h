@@ -24,6 +24,7 @@
 namespace fastcls::cuda {
 
 constexpr int kBatch = 4;  // vectors that a thread asks for before it waits for the first
+constexpr int kTaken = 2;  // that it takes at a time from shared memory, which is near
 
 // Of a block: four warps where a warp owns a row.
 template <int kGroup>
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     // 1. Maximum and sum of exponentials.
     Softmax<T> softmax;
     RowExtras extras;
-    uint4 batch[kBatch];
+    uint4 batch[kWithGrad ? kTaken : kBatch];
     if constexpr (kWithGrad) {  // all that there is room for, before waiting for any of it
       load_batch<kGroup>(from, lane, row.vectors, kept);
       for (int s = 0; s < output.stash && rest + s * kGroup < row.vectors; ++s)
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     // Vector `slot` and the following ones of those that are not kept.
     auto take = [&](int slot) {
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
+      for (int j = 0; j < kTaken; ++j) {
         const int i = rest + (slot + j) * kGroup;
         if (i >= row.vectors) continue;
         batch[j] = slot + j < output.stash ? stash[(slot + j) * kBlockThreads] : from[i];
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     if constexpr (kWithGrad) {
       add_batch<T, kGroup, kExtras>(kept, row, lane, &softmax, &extras);
       copy_async_wait<0>();
-      for (int slot = 0; rest + slot * kGroup < row.vectors; slot += kBatch) {
+      for (int slot = 0; rest + slot * kGroup < row.vectors; slot += kTaken) {
         take(slot);
         add_batch<T, kGroup, kExtras>(batch, row, rest + slot * kGroup, &softmax, &extras);
       }
@@ -349,10 +350,10 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
             static_cast<T>(edge_class == extras.y ? gradient.of_target : gradient(edge));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
       if (rest >= row.vectors) continue;
-      const int batches = (row.vectors - rest - 1) / (kBatch * kGroup);
-      for (int b = batches; b >= 0; --b) {
-        take(b * kBatch);
-        store_gradients<T, kGroup>(batch, row, rest + b * kBatch * kGroup, extras.y, gradient, to);
+      const int last = (row.vectors - rest - 1) / (kTaken * kGroup);
+      for (int b = last; b >= 0; --b) {
+        take(b * kTaken);
+        store_gradients<T, kGroup>(batch, row, rest + b * kTaken * kGroup, extras.y, gradient, to);
       }
     }
   }
