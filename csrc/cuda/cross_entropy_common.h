@@ -144,7 +144,7 @@ __device__ Sums reduce_block(Sums sums) {
 template <typename T, typename Acc>
 __device__ void write_result(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
   // PyTorch's mean of rows without weight is NaN whatever their losses are: one part is 0 / 0.
-  if (sums.weight == 0) sums.weight = kNaN<double>;
+  if (out.mean && sums.weight == 0) sums.weight = kNaN<double>;
   if (out.hits) *out.hits = static_cast<int64_t>(sums.hits);
   if (out.saved) out.saved[2 * rows] = static_cast<Acc>(sums.weight);
   if (!out.each) out.set_loss(0, static_cast<Acc>(out.mean ? sums.loss / sums.weight : sums.loss));

@@ -1310,7 +1310,10 @@ def test_cuda_kernels_empty(cuda_kernels, shape, kind):
 @pytest.mark.parametrize("kind", ["ignore", "prob"])
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (4, 6), (4, 6, 3), (300, 40)], ids=str)
 def test_all_that_is_saved_is_written(cuda_kernels, shape, kind):
-    """The mean's divisor too, where nobody divides: who compares outputs sees all of them."""
+    """The mean's divisor too, where nobody divides: who compares outputs sees all of them.
+
+    The emulator fills new tensors with NaN, which are no results here except where a mean has none.
+    """
     if kind == "prob":
         target = torch.full(shape, 0.5, device=cuda_kernels)
     else:
@@ -1319,10 +1322,9 @@ def test_all_that_is_saved_is_written(cuda_kernels, shape, kind):
     input = torch.zeros(shape, device=cuda_kernels)
     for reduction in (0, 1, 2):
         arguments = (input, target, None, IGNORED, reduction, 0.0, False, 1, False)
-        first = functional._ops.cross_entropy_forward(*arguments)[1]
-        torch.full_like(first, 7.0)  # other values where the next call takes its memory
-        again = functional._ops.cross_entropy_forward(*arguments)[1]
-        torch.testing.assert_close(again, first, rtol=0, atol=0, equal_nan=True)
+        saved = functional._ops.cross_entropy_forward(*arguments)[1]
+        written = saved[:-1] if reduction == 1 and 0 in shape else saved
+        assert not written.isnan().any()
 
 
 @pytest.mark.parametrize("C", [3, 100, 4101])

@@ -4,10 +4,11 @@
 //
 // What it reports, as an exception out of the launch: a barrier or warp function that not all
 // threads reach, a launch that no device would take, too much shared memory, an address that is not
-// aligned, asynchronous copies that nobody waits for. What it makes visible: shared memory starts
-// as NaN, asynchronous copies happen only when they are waited for, threads run in turns as long as
-// they can (upwards in one block, downwards in the next), so that a missing barrier changes
-// numbers; under AddressSanitizer each shared array and each tensor ends in a red zone.
+// aligned, asynchronous copies that nobody waits for. What it makes visible: shared memory and the
+// tensors that ops make start as NaN, asynchronous copies happen only when they are waited for,
+// threads run in turns as long as they can (upwards in one block, downwards in the next), so that a
+// missing barrier changes numbers; under AddressSanitizer each shared array and each tensor ends in
+// a red zone.
 #pragma once
 
 #include <cmath>
