@@ -7,11 +7,10 @@
 // one to a thread.
 //
 //   rows_forward_kernel     loss and what is saved; with kWithGrad the gradient too, from the same
-//   read:
-//                           a thread keeps its first batch in registers and the next ones in
-//                           shared memory. Of what fits neither, the last part of the longest rows,
-//                           the second read finds most in the second-level cache, as it starts
-//                           with what was read last.
+//                           read: a thread keeps its first batch in registers and has the next
+//                           ones copied to shared memory. Of what fits neither, the last part of
+//                           the longest rows, the second read finds most in the second-level
+//                           cache, as it starts with what was read last.
 //   rows_backward_kernel    the gradient from two saved numbers per row
 //   count_kernel            the divisor of the mean, from the targets alone
 //   scale_kernel            multiplies a gradient where it lies; does nothing if the factor is 1
