@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -83,6 +84,14 @@ inline bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
+// Under the emulator new memory is NaN, or -1: what a kernel leaves unwritten shows.
+inline Tensor poisoned(Tensor t) {
+#ifdef FASTCLS_POISON
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());
+#endif
+  return t;
+}
+
 // A new tensor on the device of `like`. Much faster than torch::stable::empty, which looks its op
 // up by name in every call.
 inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
@@ -97,7 +106,7 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
     throw std::runtime_error(message("not enough memory for a tensor of shape ",
                                      shape_string(std::vector<int64_t>(sizes, sizes + dims)), ", ",
                                      torch::headeronly::toString(dtype)));
-  return Tensor(handle);
+  return poisoned(Tensor(handle));
 }
 
 // A new tensor [N, C, H, W] in the memory format that `like` suggests.
@@ -129,7 +138,7 @@ inline Tensor empty_flat(const std::vector<int64_t>& sizes, ScalarType dtype, co
 
 // A new tensor of t's shape, dtype and memory format.
 inline Tensor new_like(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  if (!t.is_contiguous()) return poisoned(torch::stable::empty_like(t));
   return empty_strided(t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type(), t);
 }
 

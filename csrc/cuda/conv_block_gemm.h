@@ -877,7 +877,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
         const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
         if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
           store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
-        else if (t.pooling == Pooling::kWindow)
+        else if (kTilesN > 4 || t.pooling == Pooling::kWindow)  // see gemm_plan
           store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
         else
           store_pooled<Layout<Math>::kGroups, kTilesN>(s, t, to, box, column0, map, sums);

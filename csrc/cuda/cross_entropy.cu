@@ -30,7 +30,7 @@ namespace {
 enum class Path { kFew, kRows, kGeneral };
 
 // At most so many blocks, so that the last one has little to add up.
-constexpr int64_t kMostBlocks = 2048;
+constexpr int64_t kMostBlocks = 1024;
 
 // Rows of a block of which `at_once` are worked on at a time.
 int64_t rows_per_block(int64_t rows, int64_t at_once) {
@@ -47,11 +47,12 @@ int general_group(const RowLayout& layout) {
   return layout.C <= 64 * kWarpSize ? kWarpSize : kThreads;
 }
 
-// Threads to a row of so many vectors: up to 4 a thread, and 512 threads for all above that.
+// Threads to a row of so many vectors: up to 4 a thread, then up to 16, as small blocks keep each
+// other's memory busy while they wait for their own threads; 512 for all above that.
 int rows_group(int64_t vectors) {
-  for (int group : {32, 128, 256})
+  for (int group : {32, 128})
     if (vectors <= kBatch * group) return group;
-  return 512;
+  return vectors <= 4 * kBatch * 256 ? 256 : 512;
 }
 
 Path path_of(const RowLayout& layout, const CrossEntropyShape& s, ScalarType type, bool weighted,
@@ -366,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
         if (tile.grad) launch_forward_with_grad<T>(call, tile, problem, out, grad);
       if (!tile.grad) launch_forward(call, tile, problem, out);
     }
-    if (sums && blocks != 1 && !out.counter)
+    if (blocks == 0 ? sums || save_rows : several && !out.counter)
       launch(finish_kernel<T, Acc>, dim3(1), kFinishThreads, out, blocks, layout.rows);
   });
   if (save == kSaveGrad && !tile.grad) launch_backward(call, std::nullopt, rows, grad);

@@ -144,7 +144,7 @@ __device__ Sums reduce_block(Sums sums) {
 template <typename T, typename Acc>
 __device__ void write_result(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
   // PyTorch's mean of rows without weight is NaN whatever their losses are: one part is 0 / 0.
-  if (sums.weight == 0) sums.weight = kNaN<double>;
+  if (out.mean && sums.weight == 0) sums.weight = kNaN<double>;
   if (out.hits) *out.hits = static_cast<int64_t>(sums.hits);
   if (out.saved) out.saved[2 * rows] = static_cast<Acc>(sums.weight);
   if (!out.each) out.set_loss(0, static_cast<Acc>(out.mean ? sums.loss / sums.weight : sums.loss));
@@ -153,11 +153,14 @@ __device__ void write_result(Sums sums, const Outputs<T, Acc>& out, int64_t rows
 template <int kThreads, typename T, typename Acc>
 __device__ void add_blocks(const Outputs<T, Acc>& out, int64_t blocks, int64_t rows) {
   Sums sums;
-  // Other multiprocessors may have written them just now: past the first-level cache.
-  const volatile Sums* of_block = out.of_block;
+  // Other multiprocessors may have written them just now: past the first-level cache. A thread asks
+  // for several at a time: the whole launch waits for this.
+#pragma unroll 8
   for (int64_t b = threadIdx.x; b < blocks; b += kThreads) {
-    sums.loss += of_block[b].loss, sums.weight += of_block[b].weight;
-    sums.hits += of_block[b].hits;
+    const Sums& of_block = out.of_block[b];
+    sums.loss += load_shared_by_blocks(&of_block.loss);
+    sums.weight += load_shared_by_blocks(&of_block.weight);
+    sums.hits += load_shared_by_blocks(&of_block.hits);
   }
   sums = reduce_block<kThreads>(sums);
   if (threadIdx.x == 0) write_result(sums, out, rows);
@@ -166,7 +169,10 @@ __device__ void add_blocks(const Outputs<T, Acc>& out, int64_t blocks, int64_t r
 // The end of a forward kernel, called by all threads. The block that comes last adds up the blocks.
 template <int kThreads, typename T, typename Acc>
 __device__ void finish(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
-  if (!out.sums) return;
+  if (!out.sums) {  // nobody divides by it, but what is returned is written
+    if (out.saved && blockIdx.x == 0 && threadIdx.x == 0) out.saved[2 * rows] = Acc(0);
+    return;
+  }
   sums = reduce_block<kThreads>(sums);
   if (gridDim.x == 1) {
     if (threadIdx.x == 0) write_result(sums, out, rows);
@@ -190,6 +196,8 @@ constexpr int kFinishThreads = 256;
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(Outputs<T, Acc> out, int64_t blocks, int64_t rows) {
+  if (blocks == 0 && out.saved)
+    for (int64_t i = threadIdx.x; i < 2 * rows; i += kFinishThreads) out.saved[i] = Acc(0);
   add_blocks<kFinishThreads>(out, blocks, rows);
 }
 

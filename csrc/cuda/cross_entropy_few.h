@@ -125,11 +125,16 @@ __global__ void __launch_bounds__(kFewThreads)
   const TargetClass<float> target = problem.target_class(row);
   float x[kMaxC];
   load_row(problem.x + row * layout.row_stride(kInput), C, piece_bytes, x);
-  const RowGradient<T> gradient(problem, target, saved[row], saved[layout.rows + row],
+  const int y = target.valid ? static_cast<int>(target.y) : -1;
+  float x_y = 0;
+#pragma unroll
+  for (int c = 0; c < kMaxC; ++c)
+    if (c == y) x_y = x[c];
+  const RowGradient<T> gradient(problem, target, saved[row], saved[layout.rows + row], x_y,
                                 scale.of(row));
 #pragma unroll
   for (int c = 0; c < kMaxC; ++c)
-    if (c < C) x[c] = target.ignored ? 0.f : gradient(x[c], c == target.y);
+    if (c < C) x[c] = target.ignored ? 0.f : c == y ? gradient.of_target : gradient(x[c]);
   store_row(grad + row * layout.row_stride(kGrad), C, piece_bytes, x);
 }
 

@@ -29,6 +29,19 @@ __device__ V reduce_row(V value, const Op& op) {
   return value;
 }
 
+// A sum that carries along what rounding has cut off: of the thousands of terms that one thread may
+// add, a plain one would lose a digit. Terms and sum have to be finite.
+template <typename Acc>
+struct CarefulSum {
+  Acc sum = 0, excess = 0;
+
+  __device__ void add(Acc term) {
+    const Acc corrected = term - excess, next = sum + corrected;
+    excess = (next - sum) - corrected;
+    sum = next;
+  }
+};
+
 struct Sum {
   template <typename V>
   __device__ V operator()(V a, V b) const {
@@ -68,10 +81,11 @@ __global__ void __launch_bounds__(kThreads)
     // 2. Sum of exp(x - m); for the parts of the target that reach every class, sum of q and of
     //    q (m - x).
     const bool dense = problem.prob || problem.spread > 0;
-    Acc sum = 0, q_sum = 0, q_dot = 0;
+    CarefulSum<Acc> sum;
+    Acc q_sum = 0, q_dot = 0;
     for (int64_t c = first; c < C; c += kGroup) {
       const Acc below = static_cast<Acc>(x[c * x_class]) - m;
-      sum += std::exp(below);
+      sum.add(std::exp(below));
       if (!dense) continue;
       Acc q = problem.spread;
       if (problem.prob) q += problem.keep * problem.probability(t + c * t_class);
@@ -79,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       q_sum += q;
       q_dot -= q * below;
     }
-    const Acc log_sum = std::log(reduce_row<kGroup>(sum, Sum()));
+    const Acc log_sum = std::log(reduce_row<kGroup>(sum.sum, Sum()));
     if (dense) q_sum = reduce_row<kGroup>(q_sum, Sum()), q_dot = reduce_row<kGroup>(q_dot, Sum());
     int beaten = 0;  // by a NaN, or by a class before the target's that reaches the maximum
     if (out.hits) {
@@ -93,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!active || lane != 0) continue;
 
     // 3. The row's loss: sum of q (log_sum + m - x).
-    Acc loss = dense ? q_sum * log_sum + q_dot : Acc(0), weight = 1;
+    Acc loss = dense && C > 0 ? q_sum * log_sum + q_dot : Acc(0), weight = 1;
     if (!problem.prob) {
       const TargetClass<Acc> target = problem.target_class(row);
       weight = target.weight;

@@ -7,11 +7,10 @@
 // one to a thread.
 //
 //   rows_forward_kernel     loss and what is saved; with kWithGrad the gradient too, from the same
-//   read:
-//                           a thread keeps its first batch in registers and the next ones in
-//                           shared memory. Of what fits neither, the last part of the longest rows,
-//                           the second read finds most in the second-level cache, as it starts
-//                           with what was read last.
+//                           read: a thread keeps its first batch in registers and has the next
+//                           ones copied to shared memory. Of what fits neither, the last part of
+//                           the longest rows, the second read finds most in the second-level
+//                           cache, as it starts with what was read last.
 //   rows_backward_kernel    the gradient from two saved numbers per row
 //   count_kernel            the divisor of the mean, from the targets alone
 //   scale_kernel            multiplies a gradient where it lies; does nothing if the factor is 1
@@ -24,15 +23,14 @@
 namespace fastcls::cuda {
 
 constexpr int kBatch = 4;  // vectors that a thread asks for before it waits for the first
+constexpr int kTaken = 2;  // that it takes at a time from shared memory, which is near
 
 // Of a block: four warps where a warp owns a row.
 template <int kGroup>
 constexpr int kRowsThreads = kGroup < 128 ? 128 : kGroup;
-// Blocks that a multiprocessor is to hold at least: 1024 threads have 64 registers each, which the
-// gradient needs. Without it 48 do, and more threads ask for more memory at a time; before 8.0
-// there are no more than 1024.
-template <int kGroup, bool kWithGrad>
-constexpr int kRowsBlocks = (kWithGrad || !FASTCLS_SM80 ? 1024 : 1280) / kRowsThreads<kGroup>;
+// Blocks that a multiprocessor is to hold at least: 1024 threads have 64 registers each.
+template <int kGroup>
+constexpr int kRowsBlocks = 1024 / kRowsThreads<kGroup>;
 
 // ---- a row as vectors
 
@@ -78,13 +76,30 @@ __device__ uint4 pack(const float (&x)[kPerVector<T>]) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (std::is_same_v<T, float>) {
       words[i] = bits_of_float(x[i]);
+    } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+      words[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
     } else {
-      const uint32_t low = static_cast<T>(x[2 * i]).x, high = static_cast<T>(x[2 * i + 1]).x;
-      words[i] = low | high << 16;
+      words[i] = pack_f16(x[2 * i], x[2 * i + 1]);
     }
   }
   return uint4{words[0], words[1], words[2], words[3]};
 }
+
+// The larger ones of the elements of two words; a number rather than a NaN.
+template <typename T>
+__device__ uint32_t larger(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, float>)
+    return bits_of_float(fmaxf(float_of_bits(a), float_of_bits(b)));
+  else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>)
+    return max_bf16_pairs(a, b);
+  else
+    return max_f16_pairs(a, b);
+}
+// -infinity in each element of a word.
+template <typename T>
+constexpr uint32_t kLowest = std::is_same_v<T, torch::headeronly::Half> ? 0xfc00fc00u
+                             : std::is_same_v<T, float>                 ? 0xff800000u
+                                                                        : 0xff80ff80u;
 
 // A thread's vectors are `first`, first + kGroup, …; those past the last one are left alone.
 template <int kGroup, int kCount>
@@ -99,15 +114,16 @@ __device__ void load_batch(const uint4* from, int first, int vectors, uint4 (&ba
 template <typename T, int kGroup, bool kExtras, int kCount>
 __device__ void add_batch(uint4 (&batch)[kCount], const VectorRow<T>& row, int first,
                           Softmax<T>* softmax, RowExtras* extras) {
-  float x[kPerVector<T>], top = -kInfinity<float>;
+  float x[kPerVector<T>];
+  uint32_t top = kLowest<T>;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     if (first + j * kGroup >= row.vectors) continue;
-    unpack<T>(batch[j], x);
-#pragma unroll
-    for (int k = 0; k < kPerVector<T>; ++k) top = fmaxf(top, x[k]);
+    const uint4& v = batch[j];
+    top = larger<T>(top, larger<T>(larger<T>(v.x, v.y), larger<T>(v.z, v.w)));
   }
-  softmax->raise(top);
+  unpack<T>(uint4{top, top, top, top}, x);
+  softmax->raise(fmaxf(x[0], x[1]));  // all of the word, whether it has one element or two
   const float base = softmax->base();
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
@@ -171,10 +187,11 @@ __device__ uint4 gradient_of(const uint4& vector, int first_class, int y,
   // All but one vector of the row can do without comparing each class with the target's.
   if (y >= first_class && y < first_class + kPerVector<T>) {
 #pragma unroll
-    for (int k = 0; k < kPerVector<T>; ++k) x[k] = gradient(x[k], first_class + k == y);
+    for (int k = 0; k < kPerVector<T>; ++k)
+      x[k] = first_class + k == y ? gradient.of_target : gradient(x[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < kPerVector<T>; ++k) x[k] = gradient(x[k], false);
+    for (int k = 0; k < kPerVector<T>; ++k) x[k] = gradient(x[k]);
   }
   return pack<T>(x);
 }
@@ -217,7 +234,7 @@ struct GradientOutput {
 };
 
 template <typename T, int kGroup, bool kExtras, bool kWithGrad>
-__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWithGrad>)
+__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     rows_forward_kernel(Problem<T, float> problem, int rows_per_block, Outputs<T, float> out,
                         GradientOutput<T> output) {
   constexpr int kBlockThreads = kRowsThreads<kGroup>, kGroups = kBlockThreads / kGroup;
@@ -231,7 +248,20 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
   double* const sums = of_group + threadIdx.x / kGroup * 3;
   if (lane == 0) sums[0] = sums[1] = sums[2] = 0;
   const int first_row = blockIdx.x * rows_per_block + threadIdx.x / kGroup;
-  for (int turn = 0; turn < rows_per_block / kGroups; ++turn) {
+  const int turns = rows_per_block / kGroups;
+  // The first batch of a row, unless it is ignored or there is no such row.
+  auto ask_first = [&](int turn, uint4(&batch)[kBatch]) {
+    const int n = first_row + turn * kGroups;
+    if (turn >= turns || n >= rows || problem.index(n) == problem.ignore_index) return;
+    const T* x = problem.x + n * layout.row_stride(kInput);
+    const VectorRow<T> row(x, static_cast<int>(layout.C));
+    load_batch<kGroup>(reinterpret_cast<const uint4*>(x + row.head), lane, row.vectors, batch);
+  };
+  // Without gradients the next batch is always on its way while one is added up, also that of the
+  // next row.
+  uint4 kept[kBatch];
+  if constexpr (!kWithGrad) ask_first(0, kept);
+  for (int turn = 0; turn < turns; ++turn) {
     const int n = first_row + turn * kGroups;
     if (n >= rows) break;  // the same for all threads of the row, and of the barriers
     const TargetClass<float> target = problem.target_class(n);
@@ -240,6 +270,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     if (target.ignored) {  // without reading it
       if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, grad);
+      if constexpr (!kWithGrad) ask_first(turn + 1, kept);
       if (lane == 0) {
         out.save_row(n, rows, 0.f, 0.f);
         if (out.each) out.set_loss(n, 0.f);
@@ -252,8 +283,13 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
     // 1. Maximum and sum of exponentials.
     Softmax<T> softmax;
     RowExtras extras;
-    uint4 kept[kBatch], batch[kBatch];
-    load_batch<kGroup>(from, lane, row.vectors, kept);
+    uint4 batch[kWithGrad ? kTaken : kBatch];
+    if constexpr (kWithGrad) {  // all that there is room for, before waiting for any of it
+      load_batch<kGroup>(from, lane, row.vectors, kept);
+      for (int s = 0; s < output.stash && rest + s * kGroup < row.vectors; ++s)
+        copy_async(stash + s * kBlockThreads, from + rest + s * kGroup, false);
+      copy_async_commit();
+    }
     const bool at_edge = lane < row.edges;
     const int edge_class = row.class_of_edge(lane);
     const float edge = at_edge ? static_cast<float>(x[edge_class]) : -kInfinity<float>;
@@ -263,16 +299,34 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
     softmax.raise(edge);
     if (at_edge) softmax.sum = exp_of<T>(edge - softmax.base());
     if (kExtras && at_edge) extras.add(edge, edge_class);
-    add_batch<T, kGroup, kExtras>(kept, row, lane, &softmax, &extras);
-    for (int i = rest; i < row.vectors; i += kBatch * kGroup) {
-      load_batch<kGroup>(from, i, row.vectors, batch);
-      if constexpr (kWithGrad) {
-        const int slot = (i - rest) / kGroup;
+    // Vector `slot` and the following ones of those that are not kept.
+    auto take = [&](int slot) {
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j)
-          if (slot + j < output.stash) stash[(slot + j) * kBlockThreads] = batch[j];
+      for (int j = 0; j < kTaken; ++j) {
+        const int i = rest + (slot + j) * kGroup;
+        if (i >= row.vectors) continue;
+        batch[j] = slot + j < output.stash ? stash[(slot + j) * kBlockThreads] : from[i];
       }
-      add_batch<T, kGroup, kExtras>(batch, row, i, &softmax, &extras);
+    };
+    if constexpr (kWithGrad) {
+      add_batch<T, kGroup, kExtras>(kept, row, lane, &softmax, &extras);
+      copy_async_wait<0>();
+      for (int slot = 0; rest + slot * kGroup < row.vectors; slot += kTaken) {
+        take(slot);
+        add_batch<T, kGroup, kExtras>(batch, row, rest + slot * kGroup, &softmax, &extras);
+      }
+    } else {
+      int i = lane;
+      for (bool last = false; !last; i += kBatch * kGroup) {
+        last = i + kBatch * kGroup >= row.vectors;
+        if (last)
+          ask_first(turn + 1, batch);
+        else
+          load_batch<kGroup>(from, i + kBatch * kGroup, row.vectors, batch);
+        add_batch<T, kGroup, kExtras>(kept, row, i, &softmax, &extras);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) kept[j] = batch[j];
+      }
     }
     reduce_group<kGroup, kExtras>(turn, &softmax, &extras);
 
@@ -288,21 +342,17 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
 
     // 3. Its gradient.
     if constexpr (kWithGrad) {
-      const RowGradient<T> gradient(problem, target, softmax.m, log_sum, scale);
+      const RowGradient<T> gradient(problem, target, softmax.m, log_sum, extras.x_y, scale);
       uint4* to = reinterpret_cast<uint4*>(grad + row.head);
-      if (at_edge) grad[edge_class] = static_cast<T>(gradient(edge, edge_class == extras.y));
+      if (at_edge)
+        grad[edge_class] =
+            static_cast<T>(edge_class == extras.y ? gradient.of_target : gradient(edge));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
       if (rest >= row.vectors) continue;
-      const int batches = (row.vectors - rest - 1) / (kBatch * kGroup);
-      for (int b = batches; b >= 0; --b) {
-        const int slot = b * kBatch, i = rest + slot * kGroup;
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (i + j * kGroup >= row.vectors) continue;
-          batch[j] =
-              slot + j < output.stash ? stash[(slot + j) * kBlockThreads] : from[i + j * kGroup];
-        }
-        store_gradients<T, kGroup>(batch, row, i, extras.y, gradient, to);
+      const int last = (row.vectors - rest - 1) / (kTaken * kGroup);
+      for (int b = last; b >= 0; --b) {
+        take(b * kTaken);
+        store_gradients<T, kGroup>(batch, row, rest + b * kTaken * kGroup, extras.y, gradient, to);
       }
     }
   }
@@ -312,7 +362,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, kWit
 }
 
 template <typename T, int kGroup>
-__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, true>)
+__global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     rows_backward_kernel(Problem<T, float> problem, const float* saved, Scale<T, float> scale,
                          T* grad_input) {
   constexpr int kRows = kRowsThreads<kGroup> / kGroup;
@@ -326,10 +376,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup, true
   const TargetClass<float> target = problem.target_class(n);
   if (target.ignored) return store_zeros<T, kGroup>(row, lane, grad);
   const int y = target.valid ? static_cast<int>(target.y) : -1;
-  const RowGradient<T> gradient(problem, target, saved[n], saved[layout.rows + n], scale.of(n));
+  const RowGradient<T> gradient(problem, target, saved[n], saved[layout.rows + n],
+                                target.valid ? static_cast<float>(x[y]) : 0.f, scale.of(n));
   if (lane < row.edges) {
     const int c = row.class_of_edge(lane);
-    grad[c] = static_cast<T>(gradient(static_cast<float>(x[c]), c == y));
+    const float edge = static_cast<float>(x[c]);
+    grad[c] = static_cast<T>(c == y ? gradient.of_target : gradient(edge));
   }
   const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
   uint4* to = reinterpret_cast<uint4*>(grad + row.head);

@@ -8,12 +8,14 @@
 
 namespace fastcls::cuda {
 
+constexpr float kLog2E = 1.44269504f;
+
 // exp(x) for x <= 0. The hardware's exponential errs by 2^-22 or so, which 16-bit logits can't
 // show; it is what leaves the kernels waiting for memory and not for arithmetic.
 template <typename T>
 __device__ float exp_of(float x) {
   if constexpr (std::is_same_v<T, float>) return std::exp(x);
-  return exp2_approx(x * 1.44269504f);
+  return exp2_approx(kLog2E * x);
 }
 
 // Maximum and sum of exp(x - maximum), of part of a row or all of it. A NaN leaves the maximum as
@@ -62,23 +64,30 @@ __device__ float row_loss(const Problem<T, float>& problem, const TargetClass<fl
   return loss;
 }
 
-// d loss / d x = scale (Q p - q); q is `spread` for each class and `at_target` more for the target.
+// d loss / d x = scale (Q p - q); q is `spread` for each class and more of it for the target.
 template <typename T>
 struct RowGradient {
-  float m, log_sum, scale, q_sum, spread, at_target;
+  float m, log_sum;
+  float factor, offset;  // scale Q, and scale `spread`, of which an infinite scale makes no NaN
+  float of_target;
 
+  // x_y: the target's logit, where there is one.
   __device__ RowGradient(const Problem<T, float>& problem, const TargetClass<float>& target,
-                         float m, float log_sum, float scale)
-      : m(m),
-        log_sum(log_sum),
-        scale(target.valid ? scale : kNaN<float>),
-        spread(problem.spread),
-        at_target(target.valid ? problem.keep * target.weight : 0.f) {
-    q_sum = spread * static_cast<float>(problem.layout.C) + at_target;
+                         float m, float log_sum, float x_y, float scale)
+      : m(m), log_sum(std::is_same_v<T, float> ? log_sum : kLog2E * log_sum) {
+    const float spread = problem.spread, all = spread * static_cast<float>(problem.layout.C);
+    const float at_target = target.valid ? problem.keep * target.weight : 0.f;
+    if (!target.valid) scale = kNaN<float>;
+    factor = scale * (all + at_target);
+    offset = spread > 0 ? scale * spread : 0.f;
+    // The surer the right prediction the less is left of p - 1: not from a rounded p.
+    const float below_1 = std::expm1((x_y - m) - log_sum);
+    of_target = scale * (at_target * below_1 + (all * (below_1 + 1) - spread));
   }
-  __device__ float operator()(float x, bool is_target) const {
-    const float p = exp_of<T>((x - m) - log_sum);
-    return scale * ((q_sum * p - spread) - (is_target ? at_target : 0.f));
+  // Of every class but the target's.
+  __device__ float operator()(float x) const {
+    if constexpr (std::is_same_v<T, float>) return factor * std::exp((x - m) - log_sum) - offset;
+    return factor * exp2_approx(kLog2E * (x - m) - log_sum) - offset;  // log_sum times kLog2E too
   }
 };
 

@@ -12,6 +12,8 @@
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -72,8 +74,54 @@ __device__ inline float max_nan(float a, float b) {
 #endif
 }
 
+// What another block has written, before the fence that this one has passed, while both ran.
+__device__ inline double load_shared_by_blocks(const double* from) { return __ldcg(from); }
+
 __device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+
+// The larger of each pair of 16-bit elements; a number rather than a NaN.
+__device__ inline uint32_t max_bf16_pairs(uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+#if FASTCLS_SM80
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+#else
+  const uint32_t low = __float_as_uint(fmaxf(__uint_as_float(a << 16), __uint_as_float(b << 16)));
+  const uint32_t high =
+      __float_as_uint(fmaxf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u)));
+  result = high | low >> 16;
+#endif
+  return result;
+}
+__device__ inline uint32_t max_f16_pairs(uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+#if FASTCLS_SM80
+  asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+#else
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float x = __half2float(__ushort_as_half(static_cast<unsigned short>(a >> shift)));
+    const float y = __half2float(__ushort_as_half(static_cast<unsigned short>(b >> shift)));
+    result |= static_cast<uint32_t>(__half_as_ushort(__float2half_rn(fmaxf(x, y)))) << shift;
+  }
+#endif
+  return result;
+}
+
+// Two numbers, rounded to 16 bits, in a word.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+#if FASTCLS_SM80
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
+  const uint32_t first = __bfloat16_as_ushort(__float2bfloat16_rn(low));
+  return first | static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+#endif
+}
+__device__ inline uint32_t pack_f16(float low, float high) {
+  const uint32_t first = __half_as_ushort(__float2half_rn(low));
+  return first | static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+}
 
 // Makes the compiler take these bits for new ones: what it has made of them before is made again
 // instead of kept in registers.

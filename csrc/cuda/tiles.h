@@ -102,6 +102,11 @@ constexpr int64_t kPatchEntryBytes = 16;
 // a box of the conv map, which is pooled in shared memory.
 enum class Pooling { kNone, kWindow, kShared };
 
+constexpr Pooling pooling_of(const ConvBlockShape& s) {
+  if (s.window() == 1) return Pooling::kNone;
+  return s.pool_h == 2 && s.pool_w == 2 ? Pooling::kWindow : Pooling::kShared;
+}
+
 // A block computes a box of images x box_h x box_w outputs at a time, from the patch of the input
 // under it, of which `channels` lie in shared memory at a time. Sizes in bytes are those of shared
 // memory: a patch's pixel is its channels and 16 bytes, an odd number of 16-byte pieces, so that 8
@@ -163,8 +168,7 @@ constexpr int64_t grad_units(const GemmTile& t, const GemmConfig& c) {
 constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, int64_t channels,
                                 int64_t images, int64_t box_h, int64_t box_w) {
   GemmTile t{};
-  const bool square = s.pool_h == 2 && s.pool_w == 2;
-  t.pooling = s.window() == 1 ? Pooling::kNone : square ? Pooling::kWindow : Pooling::kShared;
+  t.pooling = pooling_of(s);
   const bool positions = t.pooling == Pooling::kShared && !c.weight_grad;
   const int64_t conv_h = (box_h - 1) * s.pool_stride_h + s.pool_h;
   const int64_t conv_w = (box_w - 1) * s.pool_stride_w + s.pool_w;
@@ -343,7 +347,9 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
   for (int blocks : {2, 1})
     for (int columns : {64, 32}) {
       if (blocks == 2 && max_shared < kForTwo) continue;
-      if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
+      if (columns == 64 &&
+          (s.K <= 32 || a == Arithmetic::kFloat || pooling_of(s) == Pooling::kShared))
+        continue;
       GemmConfig c = gemm_config(a, fold, columns);
       c.pixel_table = pixel_table;
       const int64_t column_blocks = ceil_div(s.K, columns);

@@ -143,6 +143,7 @@ def load():
         *torch_flags(),
         "-DFASTCLS_CUDA_NAMESPACE=fastcls_emulated",
         "-DFASTCLS_CUDA_KEY=CPU",
+        "-DFASTCLS_POISON",  # of new tensors, see csrc/checks.h
     ]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/*.cpp"))]
     sources.remove(CSRC / "cuda" / "common.cu")  # asks the driver

@@ -125,8 +125,8 @@ MUTATIONS = {
     ),
     "shared memory not by thread": (
         "cross_entropy_rows.h",
-        "stash[(slot + j) * kBlockThreads] = batch[j]",
-        "stash[slot + j] = batch[j]",
+        "copy_async(stash + s * kBlockThreads,",
+        "copy_async(stash + s,",
         LOSS,
         "emulated and test_cuda_kernels_of_long_rows and gradient",
     ),

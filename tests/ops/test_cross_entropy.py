@@ -301,9 +301,10 @@ def test_ignored_rows_have_no_gradient_even_where_logits_are_nan(device):
     assert loss == 0 and (grad == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["index", "prob"])
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 5, 0), (4, 0)])
-def test_empty(device, shape, kind):
+EMPTY_SHAPES = [(0, 5), (0, 5, 3), (4, 5, 0), (4, 0)]
+
+
+def check_empty(shape, kind, device):
     input = torch.randn(shape, device=device)
     if kind == "prob":
         target = torch.rand(shape, device=device)
@@ -313,6 +314,12 @@ def test_empty(device, shape, kind):
         ours = value_and_grad(cross_entropy, input, target, reduction=reduction)
         native = value_and_grad(F.cross_entropy, input, target, reduction=reduction)
         torch.testing.assert_close(ours, native, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["index", "prob"])
+@pytest.mark.parametrize("shape", EMPTY_SHAPES)
+def test_empty(device, shape, kind):
+    check_empty(shape, kind, device)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -426,14 +433,19 @@ def test_bfloat16_loss_has_float32_inside(device):
     assert abs(loss.double() - exact) < 1e-6 * exact
 
 
-def test_half_gradient_at_the_target_is_not_rounded_twice(device):
+def check_gradient_at_a_sure_target(C, device):
     # A softmax stored in half precision before 1 is subtracted would give exactly 0 here.
-    input = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16, device=device)
-    input.requires_grad_()
+    logits = torch.full((1, C), -200.0)
+    logits[0, :3] = torch.tensor([12.0, 0.0, 0.0])
+    input = logits.to(device, torch.bfloat16).requires_grad_()
     loss = cross_entropy(input, torch.tensor([0], device=device))
     (grad,) = torch.autograd.grad(loss, input)
     exact = -2 * torch.exp(torch.tensor(-12.0)) / (1 + 2 * torch.exp(torch.tensor(-12.0)))
     torch.testing.assert_close(grad[0, 0].float().cpu(), exact, rtol=0.01, atol=0)
+
+
+def test_half_gradient_at_the_target_is_not_rounded_twice(device):
+    check_gradient_at_a_sure_target(3, device)
 
 
 def test_nothing_of_the_caller_is_overwritten(device):
@@ -1289,14 +1301,44 @@ def test_cuda_kernels_hits_at_the_edges(cuda_kernels):
     check_hits_at_the_edges(cuda_kernels)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 0)])
-def test_cuda_kernels_empty(cuda_kernels, shape):
-    input = torch.randn(shape, device=cuda_kernels)
-    target = torch.full(batch_shape(shape), IGNORED, device=cuda_kernels)
-    for reduction in REDUCTIONS:
-        ours = value_and_grad(cross_entropy, input, target, reduction=reduction)
-        native = value_and_grad(F.cross_entropy, input, target, reduction=reduction)
-        torch.testing.assert_close(ours, native, equal_nan=True)
+@pytest.mark.parametrize("kind", ["index", "prob"])
+@pytest.mark.parametrize("shape", EMPTY_SHAPES)
+def test_cuda_kernels_empty(cuda_kernels, shape, kind):
+    check_empty(shape, kind, cuda_kernels)
+
+
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (4, 6), (4, 6, 3), (300, 40)], ids=str)
+def test_all_that_is_saved_is_written(cuda_kernels, shape, kind):
+    """The mean's divisor too, where nobody divides: who compares outputs sees all of them.
+
+    The emulator fills new tensors with NaN, which are no results here except where a mean has none.
+    """
+    if kind == "prob":
+        target = torch.full(shape, 0.5, device=cuda_kernels)
+    else:
+        target = torch.full(batch_shape(shape), IGNORED, device=cuda_kernels)
+        target[1:] = min(shape[1], 1)
+    input = torch.zeros(shape, device=cuda_kernels)
+    for reduction in (0, 1, 2):
+        arguments = (input, target, None, IGNORED, reduction, 0.0, False, 1, False)
+        saved = functional._ops.cross_entropy_forward(*arguments)[1]
+        written = saved[:-1] if reduction == 1 and 0 in shape else saved
+        assert not written.isnan().any()
+
+
+@pytest.mark.parametrize("C", [3, 100, 4101])
+def test_cuda_kernels_gradient_at_a_sure_target(cuda_kernels, saved, C):
+    check_gradient_at_a_sure_target(C, cuda_kernels)
+
+
+def test_cuda_kernels_add_long_strided_rows_up_without_losing_digits(cuda_kernels):
+    """There one thread adds up all classes of a row."""
+    input, target = make_case((2, 5000), "index", device=cuda_kernels, scale=1.0)
+    strided = input.t().contiguous().t()
+    _, grad = value_and_grad(cross_entropy, strided, target, reduction="sum")
+    _, exact = value_and_grad(F.cross_entropy, input.double(), target, reduction="sum")
+    torch.testing.assert_close(grad.double(), exact, rtol=1.5e-6, atol=0)
 
 
 @pytest.mark.parametrize("C", [10, 101])

@@ -4,10 +4,11 @@
 //
 // What it reports, as an exception out of the launch: a barrier or warp function that not all
 // threads reach, a launch that no device would take, too much shared memory, an address that is not
-// aligned, asynchronous copies that nobody waits for. What it makes visible: shared memory starts
-// as NaN, asynchronous copies happen only when they are waited for, threads run in turns as long as
-// they can (upwards in one block, downwards in the next), so that a missing barrier changes
-// numbers; under AddressSanitizer each shared array and each tensor ends in a red zone.
+// aligned, asynchronous copies that nobody waits for. What it makes visible: shared memory and the
+// tensors that ops make start as NaN, asynchronous copies happen only when they are waited for,
+// threads run in turns as long as they can (upwards in one block, downwards in the next), so that a
+// missing barrier changes numbers; under AddressSanitizer each shared array and each tensor ends in
+// a red zone.
 #pragma once
 
 #include <cmath>
@@ -113,8 +114,40 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void forget(uint4&) {}
-inline float exp2_approx(float x) { return std::exp2(x); }
 inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+// Errs as far as the hardware may, except at 0: upwards for one half of the numbers, downwards for
+// the other.
+inline float exp2_approx(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const float exact = std::exp2(x), error = bits % 2 ? 0x1p-22f : -0x1p-22f;
+  return x == 0 ? exact : exact + exact * error;
+}
+inline double load_shared_by_blocks(const double* from) { return *from; }
+template <typename T>
+uint32_t pack_pair(float low, float high) {
+  return static_cast<T>(low).x | static_cast<uint32_t>(static_cast<T>(high).x) << 16;
+}
+inline uint32_t pack_bf16(float low, float high) {
+  return pack_pair<torch::headeronly::BFloat16>(low, high);
+}
+inline uint32_t pack_f16(float low, float high) {
+  return pack_pair<torch::headeronly::Half>(low, high);
+}
+template <typename T>
+uint32_t max_pairs(uint32_t a, uint32_t b) {
+  float x[2];
+  for (int i = 0; i < 2; ++i)
+    x[i] = std::fmax(static_cast<float>(T(static_cast<uint16_t>(a >> 16 * i), T::from_bits())),
+                     static_cast<float>(T(static_cast<uint16_t>(b >> 16 * i), T::from_bits())));
+  return pack_pair<T>(x[0], x[1]);
+}
+inline uint32_t max_bf16_pairs(uint32_t a, uint32_t b) {
+  return max_pairs<torch::headeronly::BFloat16>(a, b);
+}
+inline uint32_t max_f16_pairs(uint32_t a, uint32_t b) {
+  return max_pairs<torch::headeronly::Half>(a, b);
+}
 inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
