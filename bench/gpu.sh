@@ -51,12 +51,12 @@ for part in $PARTS; do
       else
         options+=(--batch 512,4096 --seconds 1)
       fi
-      limited 95 "${one_core[@]}" python -m pytest -p time_limit -q \
+      limited 78 "${one_core[@]}" python -m pytest -p time_limit -q \
         bench/bench_conv_block.py bench/bench_cross_entropy.py bench/bench_train.py \
         "${options[@]}" "$@"
       ;;
     train)
-      limited 75 python bench/gpu_train.py --json "$JSON"
+      limited 60 python bench/gpu_train.py --json "$JSON"
       ;;
     tests)
       limited 65 "${one_core[@]}" python -m pytest -p time_limit -q \

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "cuda/device.h"
+#include "cuda/tiles.h"
 #include "ops.h"
 
 namespace fastcls::cuda {
@@ -54,8 +55,7 @@ class Launcher {
   template <typename... Params, typename... Args>
   void with_shared(int64_t shared_bytes, void (*kernel)(Params...), dim3 grid, int threads,
                    const Args&... args) const {
-    constexpr int64_t kWithoutAsking = 48 << 10;
-    if (shared_bytes > kWithoutAsking)
+    if (shared_bytes > kSharedWithoutAsking)
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));

@@ -11,6 +11,10 @@ namespace fastcls::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Shared memory that a launch gets without asking the driver: a block has 48 KiB, but the arrays that
+// a kernel declares take their part of it.
+constexpr int64_t kSharedWithoutAsking = 32 << 10;
+
 // One thread per element: 4 warps a block, so that the last block wastes little and a
 // multiprocessor still holds all its threads within 16 blocks. A grid has at most 2^31 - 1 blocks
 // along x, which is more elements than any device's memory holds.

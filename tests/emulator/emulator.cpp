@@ -4,6 +4,7 @@
 // that has to wait (barrier, warp function) keeps its fibre, and another fibre goes on with the
 // threads not yet started. Kernels without barriers thus run as a plain loop.
 #include "cuda/device.h"
+#include "cuda/tiles.h"
 
 #include <ucontext.h>
 
@@ -25,8 +26,8 @@ namespace fastcls::emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-// Limits of every device: threads per block, declared shared memory, grid along y and z; and the
-// least shared memory that a launch on a device with matrix units may ask for.
+// Limits of every device: threads per block, shared memory without asking for more, grid along y and
+// z; and the least shared memory that a launch on a device with matrix units may ask for.
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 << 10, kMaxDynamicBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
@@ -340,12 +341,13 @@ void copy_async_wait(int latest) {
 void* shared_array(const void* site, size_t bytes) {
   auto [found, is_new] = block.shared.try_emplace(site, bytes, char(0xff));
   if (is_new) {
-    size_t total = 0;
+    size_t total = block.dynamic.size() * sizeof(block.dynamic[0]);
+    const bool asked = total > fastcls::cuda::kSharedWithoutAsking;
     for (const auto& [_, array] : block.shared) total += array.size();
-    if (total > kMaxSharedBytes)
+    const size_t most = asked ? kMaxDynamicBytes : kMaxSharedBytes;
+    if (total > most)
       throw std::runtime_error("emulator: " + std::to_string(total) +
-                               " bytes of shared memory, a block has " +
-                               std::to_string(kMaxSharedBytes));
+                               " bytes of shared memory, a block has " + std::to_string(most));
   }
   return found->second.data();
 }

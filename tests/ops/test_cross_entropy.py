@@ -1112,6 +1112,7 @@ CUDA_SHAPES = [
     ((3, 1, 40), "rows of one class that the layout calls strided"),
 ]
 LONG_SHAPES = [
+    ((2, 16384), "float32: 48 KiB of vectors in shared memory, and the kernel's own arrays"),
     ((2, 41003), "float32: more than 1024 threads keep, the rest of the row is read again"),
     ((2, 75003), "the same in bfloat16"),
 ]
