@@ -8,8 +8,8 @@ Rows of op ``epoch`` have the seconds of one epoch in float16 autocast with a lo
   native layers; a part of an epoch, reckoned up to a whole one
 - ``eager-graph``, ``compile-graph``: native layers as fast as they go, the trainer with its batches
   from memory and each step a CUDA graph, and cuDNN choosing its kernels by trying them
-- ``fused-graph``, ``fused-compile-graph``: the same trainer with fused layers, whose other layers may
-  be compiled; ``syncs``: how often a step waits for the GPU
+- ``fused-graph``, ``fused-compile-graph``: the same trainer with fused layers, the others compiled
+  or not; ``syncs``: how often a step waits for the GPU
 
 Rows of op ``mnist-speed`` have the seconds of training of that recipe over many seeds, the capture
 of the graph included, and the test accuracies, both sides by the trainer as it is.

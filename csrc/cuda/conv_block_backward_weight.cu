@@ -3,7 +3,7 @@
 //   rows: output channels     columns: taps x input channels     sum: positions of all images
 //
 // A block owns 32 rows and up to 72 units of 8 columns, and goes from box to box of its part of the
-// outputs. Per box it loads the patch of the input once for all taps, as conv_block_gemm.h does,
+// outputs. Per box it loads the patch of the input once for all taps, as conv_block_patch.h has it,
 // and the box's pooled gradients and winners. The map's gradient is expanded in registers: a step
 // of the sum is 4 windows by 4 places, and the four places that a thread holds of a row are those
 // of one window, of which at most one is not zero. Columns are read from the patch, whose pixels
@@ -12,7 +12,7 @@
 //
 // Thread 4 g + t holds rows g and g + 8 of a fragment, which are channels 2 g and 2 g + 1: they lie
 // side by side.
-#include "cuda/conv_block_gemm.h"
+#include "cuda/conv_block_patch.h"
 
 namespace fastcls::cuda {
 

@@ -11,8 +11,8 @@ namespace fastcls::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Shared memory that a launch gets without asking the driver: a block has 48 KiB, but the arrays that
-// a kernel declares take their part of it.
+// Shared memory that a launch gets without asking the driver: a block has 48 KiB, but the arrays
+// that a kernel declares take their part of it.
 constexpr int64_t kSharedWithoutAsking = 32 << 10;
 
 // One thread per element: 4 warps a block, so that the last block wastes little and a
