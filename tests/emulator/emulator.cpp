@@ -26,8 +26,8 @@ namespace fastcls::emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-// Limits of every device: threads per block, shared memory without asking for more, grid along y and
-// z; and the least shared memory that a launch on a device with matrix units may ask for.
+// Limits of every device: threads per block, shared memory without asking for more, grid along y
+// and z; and the least shared memory that a launch on a device with matrix units may ask for.
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 << 10, kMaxDynamicBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
