@@ -64,7 +64,8 @@ for part in $PARTS; do
         -k "cuda and not emulated" -n "$processes" --dist worksteal --tb=short -p no:cacheprovider
       ;;
     sanitizer)
-      small="cuda and not emulated and integers and float32-contiguous and (deep3 or cifar1 or rect or overlap)"
+      conv="integers and (float32-contiguous or bfloat16-channels_last) and (deep3 or cifar1 or rect or overlap)"
+      loss="float32 and (test_hits or test_matrix_views or test_layouts)"
       if ! command -v compute-sanitizer > /dev/null; then
         echo "compute-sanitizer is not on PATH: not run"
         continue
@@ -73,7 +74,7 @@ for part in $PARTS; do
         # PyTorch's caching allocator would hide reads past a tensor's end.
         limited 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
           --error-exitcode 1 --kernel-name-exclude kernel_substring=at:: \
-          python -m pytest -q tests/ops/test_conv_block.py -k "$small"
+          python -m pytest -q tests/ops -k "cuda and not emulated and (($conv) or ($loss))"
       done
       ;;
   esac

@@ -1,10 +1,9 @@
 // conv_block on CUDA, the host functions: checks, allocation, and which kernels serve.
 //
 //   conv_block_patch.h           the patch of the input under a box of outputs, in shared memory
-//   conv_block_gemm.h            forward pass and dX as matrix products; conv_block_store.h pools
-//   and
-//                                stores their sums, conv_block_forward.cu and
+//   conv_block_gemm.h            forward pass and dX as matrix products; conv_block_forward.cu and
 //                                conv_block_backward_input.cu have their operands
+//   conv_block_store.h           pools and stores their sums
 //   conv_block_backward_weight.cu   dW and db likewise
 //   conv_block_general.cu        every argument and dtype
 //
