@@ -169,5 +169,5 @@ def test_conv_block(case, batch, mode, dtype, threads, peers, measure):
             "own_batch": case.batch != ConvCase.batch,
             **work(case, mode, kind, batch),
         }
-        measure(row, make_sides(case, mode, kind, batch, peers))
+        measure(row, functools.partial(make_sides, case, mode, kind, batch, peers))
     check(case, mode, kind, batch)

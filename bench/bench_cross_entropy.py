@@ -210,5 +210,5 @@ def test_cross_entropy(case, batch, mode, dtype, threads, peers, measure):
         }
         if on_cuda():
             row["peers"] = versions()
-        measure(row, make_sides(case, mode, kind, batch, peers))
+        measure(row, functools.partial(make_sides, case, mode, kind, batch, peers))
     check(case, mode, kind, batch)

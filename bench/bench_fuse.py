@@ -5,6 +5,7 @@ Rows of op ``fuse`` have ``fastcls.fuse(net)`` as ``fused``; rows of op ``compil
 a fused SGD step.
 """
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -114,7 +115,7 @@ def run(op, case, mode, batch, peers, measure):
     if measure:
         row = {"op": op, "case": case.name, "mode": mode, "dtype": "float32", "batch": batch}
         row["own_batch"] = case.batch != Case.batch
-        measure(row, make_sides(op, case, mode, batch, peers))
+        measure(row, functools.partial(make_sides, op, case, mode, batch, peers))
     check(case, mode, batch)
 
 

@@ -163,9 +163,13 @@ def test_train_step(case, batch, dtype, threads, peers, measure):
             "batch": batch,
             "own_batch": False,
         }
-        sides = make_sides(case, torch_dtype(dtype), batch, peers)
-        if not on_cuda() and Path("/proc/self/clear_refs").exists():
-            row["peak_memory"] = {s: peak_memory(case, s, batch, dtype) for s in sides}
+
+        def sides():
+            made = make_sides(case, torch_dtype(dtype), batch, peers)
+            if not on_cuda() and Path("/proc/self/clear_refs").exists():
+                row["peak_memory"] = {s: peak_memory(case, s, batch, dtype) for s in made}
+            return made
+
         measure(row, sides)
     check(case, dtype, batch)
 

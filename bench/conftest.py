@@ -58,6 +58,7 @@ def pytest_addoption(parser):
         help="compiled peers of conv_block in training with bfloat16 and tf32 only: minutes less",
     )
     group.addoption("--json", metavar="FILE", help="keep the rows in FILE; auto: in bench/results")
+    group.addoption("--missing", action="store_true", help="only rows that FILE does not have")
 
 
 def pytest_configure(config):
@@ -159,18 +160,23 @@ def gpu():
 
 @pytest.fixture
 def measure(request, threads, gpu):
-    """``measure(row, sides)`` times the sides and keeps the row; None without --benchmark.
+    """``measure(row, make_sides)`` times the sides and keeps the row; None without --benchmark.
 
     The row says what was run: op, case, mode, dtype, batch, and bytes and flops where they are
-    known. Times and the state of the machine are added to it.
+    known. Times and the state of the machine are added to it. ``make_sides`` is a function without
+    arguments, for where the row is there already nothing is made.
     """
     config = request.config
     if not config.getoption("benchmark"):
         yield None
         return
 
-    def measured(row, sides):
+    def measured(row, make_sides):
         seconds, path = config.getoption("seconds"), config.getoption("json")
+        path = report.machine_file() if path == "auto" else path
+        if config.getoption("missing") and path and report.has(row | {"threads": threads}, path):
+            pytest.skip("measured before")
+        sides = make_sides()
         if gpu and seconds:
             alternate(None, sides, 0, threads)  # compiles, while others do
             gpu.take()
@@ -179,7 +185,7 @@ def measure(request, threads, gpu):
             row |= {"seconds": times} | roofline.circumstances(row["dtype"], threads)
             request.node.user_properties.append(("row", row))
             if path:
-                report.keep(row, report.machine_file() if path == "auto" else path)
+                report.keep(row, path)
         if gpu:
             gpu.share()
 

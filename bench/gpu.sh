@@ -6,7 +6,8 @@
 # so and shows that the benchmarks are collected.
 #
 # SHORT=1: for a machine lent for minutes. Nothing is built where the package has its CUDA kernels;
-# batch 512, the peers that win, no sanitizer, and each part begins nothing after its seconds.
+# batch 512, the peers that win, rows that are not there yet, no sanitizer, and each part begins
+# nothing after its seconds.
 # PARTS="bench train tests": these parts. FASTCLS_DATA: the folder that holds MNIST. JSON: a file
 # for the rows instead.
 set -euo pipefail
@@ -45,7 +46,7 @@ for part in $PARTS; do
     bench)
       options=(--device cuda --benchmark --json "$JSON")
       if [[ $SHORT ]]; then
-        options+=(-n "$processes" --dist worksteal --seconds 0.1 --few-compiled)
+        options+=(-n "$processes" --dist worksteal --seconds 0.1 --few-compiled --missing)
         options+=(--peers eager-cl,eager-graph-cl,compile-graph-cl,liger,quack-graph)
         options+=(--dtypes bfloat16,tf32,float32 -k 'not (conv_block and infer and float32)')
       else

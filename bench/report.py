@@ -37,6 +37,14 @@ def keep(row, path):
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
 
 
+def has(row, path):
+    """Is the row in the file, as far as its key is known before it is measured?"""
+    path = Path(path)
+    known = [k for k in KEY if k in row]
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return any(all(r[k] == row[k] for k in known) for r in rows)
+
+
 def median(row, side):
     return row["seconds"][side][1]
 
