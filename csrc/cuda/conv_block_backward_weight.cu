@@ -427,8 +427,10 @@ __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGrad
 // output channels, 32 at a time, and the chunks of input channels. partial [parts, K, taps x C +
 // 1]. Shared memory: two patches, gradients and codes of two boxes, positions, tables of the
 // patch's pixels and the box's outputs; at the end room to add up.
+//
+// Two blocks to a multiprocessor; compute capability 7.5 would have to spill registers for that.
 template <typename Math, int kPlaces, int kUnits>
-__global__ void __launch_bounds__(kGradThreads, 2)
+__global__ void __launch_bounds__(kGradThreads, FASTCLS_SM80 ? 2 : 1)
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
                        GradSource<typename Math::Element> source, float* partial) {
   using T = typename Math::Element;

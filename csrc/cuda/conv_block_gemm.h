@@ -93,13 +93,16 @@ __device__ void start_sums(const float* bias, float (&sums)[kM][kTilesN][4]) {
 }
 
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
-// channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another.
+// channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another:
+// two steps at a time, for more would take registers that before compute capability 9.0 are not
+// there.
 template <typename Math, int kTilesN, bool kFold, int kSteps>
 __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
                               const unsigned char* patch, const unsigned char* weights,
                               const int* table, const int* row_offsets,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps ? kSteps : 1;
+  constexpr int kM = 2 * Layout<Math>::kGroups,
+                kUnrolled = kSteps > 1 && (kTilesN > 4 || !kFold) ? 2 : 1;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
   // bytes.
   const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
       }
 
       // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
-      if (chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
+      if (kFold || chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
       const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
       if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
         if constexpr (!Layout<Math>::kMatrixUnit)
@@ -310,7 +313,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
       }
 
       // 4. The outputs of the box.
-      if (chunk == t.chunks - 1) {
+      if (kFold || chunk == t.chunks - 1) {
         const Box box = box_at(s, t, box_index);
         const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
         if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
