@@ -55,8 +55,8 @@ MUTATIONS = {
     ),
     "accumulator not cleared": (
         "conv_block_gemm.h",
-        "if (chunk == 0)",
-        "if (stage == 0)",
+        "if (kFold || chunk == 0)",
+        "if (first_stage)",
         CONV,
         "test_integers and emulated and mnist2 and bfloat16-float32-contiguous",
     ),
