@@ -159,7 +159,7 @@ __device__ int row_offset(const ConvBlockShape& s, const GemmTile& t, int row) {
   }
   const int last = static_cast<int>(t.units) - 1;
   const Unit u = unit_at(t, index < last ? index : last);
-  const int along = kFold ? column_offset(t, u.x * t.step_w + right) : u.x * t.step_bytes;
+  const int along = kFold ? column_offset(t, u.x * t.step_w + right) : u.x * t.pixel_bytes;
   return u.image * t.image_bytes + u.y * t.step_h * t.row_bytes + below + along;
 }
 

@@ -133,9 +133,9 @@ struct GemmTile {
   int depth_bytes;             // of the sum over one tap
   int patch_h, patch_w, interleave, run;
   int pixel_bytes, row_bytes, image_bytes;
-  int copy_bytes, patch_bytes;     // from one copy to the other (0: there is one); of all
-  int step_h, step_w, step_bytes;  // between neighbouring units: in the input; bytes along a row
-  int weight_row_bytes, map_row_bytes, map_bytes;
+  int copy_bytes, patch_bytes;  // from one copy to the other (0: there is one); of all
+  int step_h, step_w;           // between neighbouring units, in the input
+  int weight_row_bytes, map_bytes;
   int64_t weight_bytes, table_entries;
   int pixels;    // of the patch
   int64_t work;  // see gemm_tile
@@ -198,7 +198,6 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   const int64_t apart = c.fold ? 0 : c.weight_grad && c.element_bytes == 4 ? 32 : 16;
   t.pixel_bytes = channels * c.element_bytes + apart;
   t.run = round_up(ceil_div(t.patch_w, t.interleave), t.pixel_bytes == 8 ? 2 : 1);
-  t.step_bytes = t.pixel_bytes;
   t.row_bytes = t.interleave * t.run * t.pixel_bytes;
   t.image_bytes = t.patch_h * t.row_bytes;
   const int64_t one_copy = round_up(images * t.patch_h * t.row_bytes, 16);
@@ -209,9 +208,10 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
 
   t.weight_row_bytes = t.depth_bytes + 16;
   t.weight_bytes = int64_t{c.columns} * t.taps * t.weight_row_bytes;
-  t.map_row_bytes = 4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
+  const int64_t map_row_bytes =
+      4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
   const int64_t map_rows = round_up(t.units, 32 * c.groups);  // of warps that have any
-  t.map_bytes = positions ? round_up(map_rows * t.map_row_bytes, 16) : 0;
+  t.map_bytes = positions ? round_up(map_rows * map_row_bytes, 16) : 0;
   t.table_entries = 2 * t.taps;
   t.pixels = images * t.patch_h * t.patch_w;
   const int64_t pixel_table = c.pixel_table ? kPatchEntryBytes * t.pixels : 0;

@@ -40,14 +40,14 @@ MUTATIONS = {
         "test_integers and emulated and deep3 and bfloat16-float32-contiguous",
     ),
     "operands in different orders": (
-        "conv_block_backward_weight.cu",
+        "conv_block_grads.h",
         "j = k / 8 * 2 + k % 2;",
         "j = k / 8 + k % 2 * 2;",
         CONV,
         "test_integers and emulated and deep3 and bfloat16-float32-contiguous",
     ),
     "bounds check missing": (
-        "conv_block_backward_weight.cu",
+        "conv_block_grads.h",
         "return c < s.C ? tap * s.C + c : -1;",
         "return tap * s.C + c;",
         CONV,
