@@ -4,6 +4,7 @@ Each process takes every ``world``-th image of a batch. What depends on the whol
 of dropout and the statistics of batch normalisation, is made for the whole batch.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -60,7 +61,13 @@ def join(device: str) -> tuple[Share, torch.device]:
 
 
 def leave() -> None:
+    """End what :func:`join` began; the caller has let go of every model that was spread.
+
+    A group that a model still holds outlives this call, and its threads abort the process if they
+    drop a tensor while the interpreter shuts down.
+    """
     if dist.is_initialized():
+        gc.collect()  # models sit in cycles
         dist.destroy_process_group()
 
 

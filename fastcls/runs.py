@@ -216,10 +216,16 @@ def run(
     share, device = distributed.join(device)
     folder, module = RunFolder(out), recipes.get(recipe)
     config = configure(recipe, folder, resume, changes)
-    begun = folder.holds_results()
     loaded = _load_in_turn(module, config, data_root(data), share)
-    writes = share.rank == 0
-    trainer = Trainer(module, config, loaded, device, share, print if writes else lambda text: None)
+    say = print if share.rank == 0 else lambda text: None
+    finished = _run(Trainer(module, config, loaded, device, share, say), folder, tensorboard)
+    distributed.leave()
+    return finished
+
+
+def _run(trainer: Trainer, folder: RunFolder, tensorboard: bool) -> bool:
+    recipe, config, share = trainer.recipe, trainer.config, trainer.share
+    begun, writes = folder.holds_results(), share.rank == 0
     if begun:
         continue_run(trainer, folder)
     records = Records(folder, trainer, tensorboard) if writes else None
@@ -231,7 +237,7 @@ def run(
         else:
             save_checkpoint(folder.last, state)
         print(
-            f"{recipe}: {config.layers} layers on {device}"
+            f"{recipe}: {config.layers} layers on {trainer.device}"
             f"{f' x {share.world}' if share.world > 1 else ''}, "
             f"{len(trainer.data.train.labels)} images to train on, "
             f"{len(trainer.data.test.labels)} to test with",
@@ -239,10 +245,11 @@ def run(
         )
     finished = _train(trainer, records)
     if writes and finished:
-        _conclude(trainer, folder, getattr(module, "STRIP", 0))
+        _conclude(trainer, folder)
     elif writes:
-        print(f"stopped and saved; continue with: fastcls train {recipe} --resume --out {out}")
-    distributed.leave()
+        print(
+            f"stopped and saved; continue with: fastcls train {recipe} --resume --out {folder.path}"
+        )
     return finished
 
 
@@ -366,7 +373,7 @@ class _Progress:
             sys.stdout.flush()  # a log file shall grow by the epoch too
 
 
-def _conclude(trainer: Trainer, folder: RunFolder, strip: int) -> None:
+def _conclude(trainer: Trainer, folder: RunFolder) -> None:
     """Reload the best model, tell its test figures and draw the pictures."""
     from fastcls import plots  # matplotlib takes its time
 
@@ -380,7 +387,7 @@ def _conclude(trainer: Trainer, folder: RunFolder, strip: int) -> None:
     images, truth = test.first(20)
     predicted = outcome.predicted[:20]
     plots.predictions(images, truth, predicted, classes, folder.path / "predictions.png")
-    if strip:
+    if strip := getattr(recipes.get(trainer.recipe), "STRIP", 0):
         part = (t[:strip] for t in (images, truth, predicted))
         plots.strip(*part, classes, folder.path / "strip.png")
     plots.confusion(outcome.confusion(), classes, folder.path / "confusion.png")
