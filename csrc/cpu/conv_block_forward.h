@@ -1,26 +1,48 @@
 // Forward kernels of the conv block over Vec; part of conv_block_kernels.h.
 
+inline bool windows_are_2x2(const ConvBlockShape& s) {
+  return s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
+         s.pool_pad_h == 0 && s.pool_pad_w == 0 && 2 * s.out_h <= s.conv_h &&
+         2 * s.out_w <= s.conv_w;
+}
+inline bool has_no_pool(const ConvBlockShape& s) {
+  return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
+}
+inline bool needs_conv_rows(const ConvBlockShape& s) {
+  return !windows_are_2x2(s) && !has_no_pool(s);
+}
+
 // Register tile: kPixels conv-map positions × kVecs vectors of output channels. AVX2 has 16
 // registers: 4 · 3 sums + 3 weights + 1 broadcast = 16. AVX-512 has 32: 4 · 4 + 4 + 1 = 21. With
 // one vector of channels there are 8 positions: a sum is ready for its next addition after 4
 // cycles, in which 8 can be made.
 template <int kVecs>
 constexpr int kPixels = kVecs == 1 ? 8 : 4;
-constexpr int kMaxPixels = 8;
 constexpr int kMaxVecs = L == 16 ? 4 : 3;
 
-// Blocks of output channels, as equal as possible: 8 vectors are 3 + 3 + 2, not 3 + 3 + 2 ones.
+// The same where the positions are those of a row: with AVX-512 12 · 2 + 2 + 1 = 27 registers. A
+// large kernel's weights come from the second-level cache for every tile: the more positions it
+// has, the fewer bytes there are to a multiply-add. Of kMaxRowPixels and less, a row takes what
+// fills it.
+constexpr int kMaxRowVecs = L == 16 ? 2 : 3;
+template <int kVecs>
+constexpr int kMaxRowPixels = L == 16 ? 12 : kPixels<kVecs>;
+constexpr int kMinRowPixels = 4;
+
+// Blocks of output channels, as equal as possible.
 struct ChannelBlocks {
   int64_t vecs, count;
-  explicit ChannelBlocks(int64_t K)
-      : vecs((K + L - 1) / L), count((vecs + kMaxVecs - 1) / kMaxVecs) {}
+  explicit ChannelBlocks(const ConvBlockShape& s) : vecs((s.K + L - 1) / L) {
+    const int64_t most = windows_are_2x2(s) ? kMaxVecs : kMaxRowVecs;
+    count = (vecs + most - 1) / most;
+  }
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
 };
 
 // [block][run, position in the run][block's channels]: the order in which a tile reads it.
 inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, float* packed) {
   const int64_t row = s.kernel_h * s.kernel_w * s.C;
-  const ChannelBlocks blocks(s.K);
+  const ChannelBlocks blocks(s);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t k0 = blocks.begin(b) * L, k1 = blocks.begin(b + 1) * L;
     for (int64_t e = 0; e < row; ++e)
@@ -28,9 +50,9 @@ inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, fl
   }
 }
 
-template <int kVecs>
+template <int kVecs, int kCount = kPixels<kVecs>>
 struct Tile {
-  Vec sum[kPixels<kVecs>][kVecs];
+  Vec sum[kCount][kVecs];
 };
 
 // The number and length of runs, where known when compiling: the loops over the few taps of a first
@@ -59,10 +81,10 @@ struct Positions {
 // of all steps first, into the stack, and then go through one sum after the other.
 [[gnu::always_inline]] inline void keep_in_step(Vec& x) { asm volatile("" : "+v"(x.v)); }
 
-template <int kVecs, typename Taps = AnyTaps>
+template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>>
 [[gnu::always_inline]] inline void conv_tile(const float* x, const Positions& at, const Runs& runs,
-                                             const float* w, const float* bias, Tile<kVecs>& tile) {
-  constexpr int kCount = kPixels<kVecs>;
+                                             const float* w, const float* bias,
+                                             Tile<kVecs, kCount>& tile) {
   const int64_t run_count = Taps::runs ? Taps::runs : runs.count;
   const int64_t run_length = Taps::length ? Taps::length : runs.length;
   Vec sum[kCount][kVecs];
@@ -77,7 +99,7 @@ template <int kVecs, typename Taps = AnyTaps>
     for (int64_t e = 0; e < run_length; ++e, w += kVecs * L) {
       Vec weight[kVecs];
       for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(w + v * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int p = 0; p < kCount; ++p) {
         const Vec value = Vec::set(four[p % 4][e + p / 4 * at.four]);
         for (int v = 0; v < kVecs; ++v) sum[p][v] = Vec::fma(value, weight[v], sum[p][v]);
@@ -191,18 +213,6 @@ struct Results {
   to.store(pixel, vec, best, code);
 }
 
-inline bool windows_are_2x2(const ConvBlockShape& s) {
-  return s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
-         s.pool_pad_h == 0 && s.pool_pad_w == 0 && 2 * s.out_h <= s.conv_h &&
-         2 * s.out_w <= s.conv_w;
-}
-inline bool has_no_pool(const ConvBlockShape& s) {
-  return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
-}
-inline bool needs_conv_rows(const ConvBlockShape& s) {
-  return !windows_are_2x2(s) && !has_no_pool(s);
-}
-
 // The first place of the tile of `tile` places that covers place `at` of `count`: the last one
 // starts further left, so that it ends with the row. A row shorter than a tile begins at 0; what
 // lies past it is read, and those sums are dropped.
@@ -251,49 +261,62 @@ void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, cons
     }
 }
 
+// Calls f(integral_constant of the positions in a tile): as few tiles to a row of the conv map as
+// can be, all as wide as they must be.
+template <int kVecs, int kCount = kMaxRowPixels<kVecs>, typename F>
+void with_row_pixels(int64_t conv_w, const F& f) {
+  constexpr int64_t kMost = kMaxRowPixels<kVecs>;
+  const int64_t tiles = (conv_w + kMost - 1) / kMost;
+  if constexpr (kCount > kMinRowPixels)
+    if ((kCount - 1) * tiles >= conv_w) return with_row_pixels<kVecs, kCount - 1>(conv_w, f);
+  f(std::integral_constant<int, kCount>{});
+}
+
 // epilogue(place in the row, sums) for one row of the conv map.
-template <int kVecs, typename Taps, typename Epilogue>
+template <int kVecs, int kCount, typename Taps, typename Epilogue>
 [[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
                                                   const Runs& runs, const float* w,
                                                   const float* bias, const Epilogue& epilogue) {
-  constexpr int kCount = kPixels<kVecs>;
   const int64_t step = s.stride_w * s.C, pixels = std::min<int64_t>(kCount, s.conv_w);
   for (int64_t cw = 0; cw < s.conv_w; cw += kCount) {
     const int64_t first = tile_begin(cw, kCount, s.conv_w);
-    Tile<kVecs> tile;
-    conv_tile<kVecs, Taps>(x + first * step, {step, 2 * step, 4 * step}, runs, w, bias, tile);
+    Tile<kVecs, kCount> tile;
+    conv_tile<kVecs, Taps, kCount>(x + first * step, {step, 2 * step, 4 * step}, runs, w, bias,
+                                   tile);
     for (int64_t p = 0; p < pixels; ++p) epilogue(first + p, tile.sum[p]);
   }
 }
 
-template <int kVecs, typename Taps>
+template <int kVecs, int kCount, typename Taps>
 void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
              const float* bias, int64_t rows, const Results to) {
   const bool relu = s.relu;
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h;
   for (int64_t h = 0; h < rows; ++h)
-    conv_row_tiles<kVecs, Taps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
-      const int64_t pixel = h * s.conv_w + cw;
-      for (int v = 0; v < kVecs; ++v) {
-        Vec best = sum[v];
-        Vec::Bytes code = Vec::bytes(0);
-        if (relu) apply_relu(best, code);
-        to.store(pixel, v, best, code);
-      }
-    });
+    conv_row_tiles<kVecs, kCount, Taps>(s, x + h * row, runs, w, bias,
+                                        [&](int64_t cw, const Vec* sum) {
+                                          const int64_t pixel = h * s.conv_w + cw;
+                                          for (int v = 0; v < kVecs; ++v) {
+                                            Vec best = sum[v];
+                                            Vec::Bytes code = Vec::bytes(0);
+                                            if (relu) apply_relu(best, code);
+                                            to.store(pixel, v, best, code);
+                                          }
+                                        });
 }
 
 // Any window: the block's conv rows of the band go through `conv`, then the windows over it.
-template <int kVecs>
+template <int kVecs, int kCount>
 void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
                 const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                 const Results& to) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, pixel_stride = kVecs * L;
   for (int64_t h = 0; h < band.conv_end - band.conv_begin; ++h)
-    conv_row_tiles<kVecs, AnyTaps>(s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
-      for (int v = 0; v < kVecs; ++v)
-        sum[v].store(conv + (h * s.conv_w + cw) * pixel_stride + v * L);
-    });
+    conv_row_tiles<kVecs, kCount, AnyTaps>(
+        s, x + h * row, runs, w, bias, [&](int64_t cw, const Vec* sum) {
+          for (int v = 0; v < kVecs; ++v)
+            sum[v].store(conv + (h * s.conv_w + cw) * pixel_stride + v * L);
+        });
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t pw = 0; pw < s.out_w; ++pw) {
       const int64_t h0 = (begin + r) * s.pool_stride_h - s.pool_pad_h;
@@ -319,15 +342,20 @@ template <int kVecs>
 void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
                    const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                    const Results& to) {
-  if (has_no_pool(s))
-    with_taps(runs,
-              [&](auto taps) { no_pool<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to); });
-  else if (windows_are_2x2(s))
-    with_taps(runs, [&](auto taps) {
+  if (windows_are_2x2(s))
+    return with_taps(runs, [&](auto taps) {
       windows_2x2<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
     });
-  else
-    any_window<kVecs>(s, x, runs, w, bias, band, begin, rows, conv, to);
+  if constexpr (kVecs <= kMaxRowVecs) {
+    if (has_no_pool(s) && runs.count == 3 && runs.length == 3)
+      return no_pool<kVecs, kPixels<kVecs>, TapLoops<3, 3>>(s, x, runs, w, bias, rows, to);
+    with_row_pixels<kVecs>(s.conv_w, [&](auto count) {
+      if (has_no_pool(s))
+        no_pool<kVecs, count, AnyTaps>(s, x, runs, w, bias, rows, to);
+      else
+        any_window<kVecs, count>(s, x, runs, w, bias, band, begin, rows, conv, to);
+    });
+  }
 }
 
 // ----------------------------------------------------------------------------- forward: Winograd
@@ -363,7 +391,7 @@ constexpr int kPositions = 16;
 
 // G g Gᵀ [block][position][c][block's channels] of packed forward weights [block][tap][c][...].
 inline void winograd_weight(const ConvBlockShape& s, const float* weight, float* u) {
-  const ChannelBlocks blocks(s.K);
+  const ChannelBlocks blocks(s);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L, step = s.C * width;
     for (int64_t e = 0; e < step; e += L) {
@@ -550,14 +578,14 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const floa
                     const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
                     int64_t begin, int64_t end) {
   const Runs runs(s);
-  const ChannelBlocks blocks(s.K);
+  const ChannelBlocks blocks(s);
   const int64_t taps = s.kernel_h * s.kernel_w * s.C, bands = (s.out_h + band - 1) / band;
   Scratch<float> packed, conv;
   Home<T> home(s, out, winner, band * s.out_w);
   // A tile over a row shorter than itself reads past it; those sums are dropped.
-  packed.reserve(packed_floats(s, band) + kMaxPixels * s.stride_w * s.C);
+  packed.reserve(packed_floats(s, band) + kMaxRowPixels<1> * s.stride_w * s.C);
   if (needs_conv_rows(s))
-    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxVecs * L);
+    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxRowVecs * L);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
@@ -580,7 +608,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
                       const float* u, const float* bias, const View4<T>& out, uint8_t* winner,
                       int64_t band, int64_t begin, int64_t end) {
   const Runs runs(s);
-  const ChannelBlocks blocks(s.K);
+  const ChannelBlocks blocks(s);
   const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
   const int64_t bands = (s.out_h + band - 1) / band, packed_size = packed_floats(s, band);
   const int64_t group = images_in_group(s, bands, packed_size, end - begin);

@@ -81,6 +81,37 @@ void pixels_to_channels_16(const S* src, const Pixels& layout, int64_t channels,
   });
 }
 
+// Rows of 3 channels: pixel by pixel R G B from three runs. Lane l of output vector v is float
+// 16 v + l of the pixels, which is channel (16 v + l) % 3 of pixel (16 v + l) / 3: of the first two
+// channels by one permutation, of the third by another. The last block overlaps the one before.
+template <typename S>
+void rgb_to_pixels(const S* src, int64_t channel_stride, int64_t rows, float* dst,
+                   const Pixels& layout) {
+  __m512i place[3];
+  __mmask16 is_third[3];
+  for (int v = 0; v < 3; ++v) {
+    int32_t lanes[16];
+    is_third[v] = 0;
+    for (int l = 0; l < 16; ++l) {
+      const int at = 16 * v + l, channel = at % 3;
+      lanes[l] = at / 3 + (channel == 1 ? 16 : 0);
+      if (channel == 2) is_third[v] |= static_cast<__mmask16>(1 << l);
+    }
+    place[v] = _mm512_loadu_si512(lanes);
+  }
+  for (int64_t r = 0; r < rows; ++r, dst += layout.row_stride, src += layout.width)
+    for (int64_t next = 0; next < layout.width; next += 16) {
+      const int64_t p = std::min(next, layout.width - 16);
+      const __m512 red = Vec::load(src + p).v, green = Vec::load(src + channel_stride + p).v;
+      const __m512 blue = Vec::load(src + 2 * channel_stride + p).v;
+      for (int v = 0; v < 3; ++v) {
+        const __m512 both = _mm512_permutex2var_ps(red, place[v], green);
+        _mm512_storeu_ps(dst + 3 * p + 16 * v,
+                         _mm512_mask_permutexvar_ps(both, is_third[v], place[v], blue));
+      }
+    }
+}
+
 #endif
 
 // dst[layout.offset(p) + c] = src[c · channel_stride + p]. Fewer than 8 channels are followed by
@@ -96,6 +127,8 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
     return;
   }
 #if defined(FASTCLS_AVX512)
+  if (channels == 3 && layout.pixel_stride == 3 && layout.width >= 16)
+    return rgb_to_pixels(src, channel_stride, pixels / layout.width, dst, layout);
   if (channels >= 16 && pixels >= 16)
     return channels_to_pixels_16(src, channel_stride, channels, pixels, dst, layout);
 #endif
