@@ -29,9 +29,11 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
 
 // [K, kernel_h, kernel_w, C], dense.
 template <typename W>
-std::vector<float> float_weight(const ConvBlockShape& s, const View4<const W>& weight) {
-  std::vector<float> packed(s.K * s.kernel_h * s.kernel_w * s.C);
-  float* dst = packed.data();
+std::unique_ptr<float[]> float_weight(const ConvBlockShape& s, const View4<const W>& weight) {
+  const int64_t size = s.K * s.kernel_h * s.kernel_w * s.C;
+  std::unique_ptr<float[]> packed(new float[size]);
+  ask_for_huge_pages(packed.get(), size * sizeof(float));
+  float* dst = packed.get();
   for (int64_t k = 0; k < s.K; ++k)
     for (int64_t i = 0; i < s.kernel_h; ++i)
       for (int64_t j = 0; j < s.kernel_w; ++j)
@@ -43,13 +45,13 @@ template <typename T, typename W>
 void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                   const View4<const T>& x, const View4<const W>& weight, const W* bias,
                   const View4<T>& out, uint8_t* winner) {
-  const std::vector<float> packed_weight = float_weight(s, weight);
+  const std::unique_ptr<float[]> packed_weight = float_weight(s, weight);
   std::vector<float> packed_bias(s.K, 0.f);
   if (bias)
     for (int64_t k = 0; k < s.K; ++k) packed_bias[k] = static_cast<float>(bias[k]);
   const int64_t band = band_rows(s), bands = (s.out_h + band - 1) / band;
   parallel_for(0, s.N * bands, 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(s, x, packed_weight.data(), packed_bias.data(), out, winner, band, begin, end);
+    kernels.forward(s, x, packed_weight.get(), packed_bias.data(), out, winner, band, begin, end);
   });
 }
 
@@ -57,9 +59,9 @@ template <typename T, typename W>
 void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                          const View4<const T>& grad_out, const View4<const W>& weight,
                          const uint8_t* winner, const View4<T>& grad_input) {
-  const std::vector<float> packed_weight = float_weight(s, weight);
+  const std::unique_ptr<float[]> packed_weight = float_weight(s, weight);
   parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_input(s, grad_out, packed_weight.data(), winner, grad_input, begin, end);
+    kernels.backward_input(s, grad_out, packed_weight.get(), winner, grad_input, begin, end);
   });
 }
 

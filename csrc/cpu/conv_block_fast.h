@@ -38,12 +38,13 @@ inline bool fast_path_serves(const ConvBlockShape& s) {
 }
 
 // Pooled rows in a band: as many as keep the packed input within 256 KiB, half of a small
-// second-level cache.
+// second-level cache; but so many that at most a quarter of what they read is read again by the
+// next band, and an even number, for tiles of two rows.
 inline int64_t band_rows(const ConvBlockShape& s) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * static_cast<int64_t>(sizeof(float));
-  return std::clamp<int64_t>(
-      (262144 / row - (s.kernel_h - 1) * s.dilation_h) / (s.pool_stride_h * s.stride_h), 1,
-      s.out_h);
+  const int64_t step = s.pool_stride_h * s.stride_h, again = (s.kernel_h - 1) * s.dilation_h;
+  const int64_t most = std::max((262144 / row - again) / step, (4 * again + step - 1) / step);
+  return std::clamp<int64_t>(most / 2 * 2, 1, s.out_h);
 }
 
 namespace avx2 {

@@ -8,6 +8,14 @@ inline bool windows_are_2x2(const ConvBlockShape& s) {
 inline bool has_no_pool(const ConvBlockShape& s) {
   return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
 }
+// Does Winograd's algorithm pay? There are at least 16 input channels to spread the transforms
+// over, in whole vectors.
+inline bool winograd_serves(const ConvBlockShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && (windows_are_2x2(s) || has_no_pool(s)) &&
+         s.C % L == 0 && s.C >= 16 && s.K >= 16;
+}
+
 inline bool needs_conv_rows(const ConvBlockShape& s) {
   return !windows_are_2x2(s) && !has_no_pool(s);
 }
@@ -33,7 +41,7 @@ constexpr int kMinRowPixels = 4;
 struct ChannelBlocks {
   int64_t vecs, count;
   explicit ChannelBlocks(const ConvBlockShape& s) : vecs((s.K + L - 1) / L) {
-    const int64_t most = windows_are_2x2(s) ? kMaxVecs : kMaxRowVecs;
+    const int64_t most = windows_are_2x2(s) || winograd_serves(s) ? kMaxVecs : kMaxRowVecs;
     count = (vecs + most - 1) / most;
   }
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
@@ -44,9 +52,11 @@ inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, fl
   const int64_t row = s.kernel_h * s.kernel_w * s.C;
   const ChannelBlocks blocks(s);
   for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t k0 = blocks.begin(b) * L, k1 = blocks.begin(b + 1) * L;
-    for (int64_t e = 0; e < row; ++e)
-      for (int64_t k = k0; k < k1; ++k) *packed++ = k < s.K ? weight[k * row + e] : 0.f;
+    const int64_t k0 = blocks.begin(b) * L, width = blocks.begin(b + 1) * L - k0;
+    const int64_t channels = std::min(width, s.K - k0);
+    if (channels < width) std::fill_n(packed, row * width, 0.f);
+    channels_to_pixels(weight + k0 * row, row, channels, row, packed, {row, 0, width});
+    packed += row * width;
   }
 }
 
@@ -360,8 +370,9 @@ void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, co
 
 // ----------------------------------------------------------------------------- forward: Winograd
 
-// F(2 × 2, 3 × 3): a 4 × 4 input patch gives a 2 × 2 output tile, which is the pool window, with 16
-// products per pair of channels where the direct sum has 36. With d the patch and g the kernel:
+// F(2 × 2, 3 × 3): a 4 × 4 input patch gives a 2 × 2 output tile, which is the pool window if there
+// is one, with 16 products per pair of channels where the direct sum has 36. With d the patch and g
+// the kernel:
 //
 //   output = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A        (Lavin and Gray, arXiv:1509.09308)
 //
@@ -372,14 +383,9 @@ void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, co
 //
 // Output row 0 sees patch rows 0 … 2 and row 1 sees 1 … 3, as in the direct sum, so that a NaN
 // reaches the same outputs. An infinity would become NaN: a tile with a result that is not finite
-// is done again directly.
-
-// Where it pays: at least 16 input channels to spread the transforms over, in whole vectors.
-inline bool winograd_serves(const ConvBlockShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         s.dilation_h == 1 && s.dilation_w == 1 && windows_are_2x2(s) && s.C % L == 0 &&
-         s.C >= 16 && s.K >= 16;
-}
+// is done again directly. Where a map without a pool ends with half a tile, the other half is
+// dropped: what the patch has beyond the image (the next row, or a row of zeros) does not reach the
+// half that is kept.
 
 constexpr int kPositions = 16;
 
@@ -434,27 +440,32 @@ inline void winograd_input(const float* x, int64_t row, int64_t C, float* v, int
 constexpr int tiles_in_registers(int vecs) {
   return L == 16 ? (vecs == 4 ? 6 : vecs == 3 ? 8 : 12) : 12 / vecs;
 }
-constexpr int kTileMultiple = 24;  // divisible by all of them
+constexpr int kMinTiles = 12;  // the most of them
 
-// m [tiles, kVecs · L] = v [tiles, C] · u [C, kVecs · L]
+// m [tiles, kVecs · L] = v [tiles, C] · u [C, kVecs · L], tiles at least tiles_in_registers: the
+// last group overlaps the one before. What follows u is asked for, a line a step: the next
+// position's, which for many channels comes from the third-level cache.
 template <int kVecs>
 void multiply(const float* v, const float* u, int64_t C, int64_t tiles, float* m) {
-  constexpr int kTiles = tiles_in_registers(kVecs);
-  for (int64_t t = 0; t < tiles; t += kTiles, v += kTiles * C, m += kTiles * kVecs * L) {
+  constexpr int kTiles = tiles_in_registers(kVecs), kWidth = kVecs * L, kLine = 64 / sizeof(float);
+  const float* next = u + C * kWidth;
+  for (int64_t at = 0; at < tiles; at += kTiles) {
+    const int64_t t = std::min(at, tiles - kTiles);
     Vec sum[kTiles][kVecs];
     for (int i = 0; i < kTiles; ++i)
       for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::zero();
-    const float* w = u;
-    for (int64_t c = 0; c < C; ++c, w += kVecs * L) {
+    const float *w = u, *x = v + t * C;
+    for (int64_t c = 0; c < C; ++c, w += kWidth, next += kLine) {
+      __builtin_prefetch(next, 0, 2);
       Vec weight[kVecs];
       for (int j = 0; j < kVecs; ++j) weight[j] = Vec::load(w + j * L);
       for (int i = 0; i < kTiles; ++i) {
-        const Vec value = Vec::set(v[i * C + c]);
+        const Vec value = Vec::set(x[i * C + c]);
         for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec::fma(value, weight[j], sum[i][j]);
       }
     }
     for (int i = 0; i < kTiles; ++i)
-      for (int j = 0; j < kVecs; ++j) sum[i][j].store(m + (i * kVecs + j) * L);
+      for (int j = 0; j < kVecs; ++j) sum[i][j].store(m + (t + i) * kWidth + j * L);
   }
 }
 
@@ -474,12 +485,50 @@ void multiply(const float* v, const float* u, int64_t C, int64_t tiles, float* m
   y[3] = lower[1] - lower[2] - lower[3] + bias;
 }
 
-// One block of channels of `tiles` windows whose transformed patches are v [position, tile, C].
-// patch(t) is tile t's patch; w: the block's direct weights, for tiles that are not finite.
+// How the tiles cover a band: outputs [rows, width] of each of several images, one after the other.
+// A window is an output; without a pool a tile is 2 × 2 of them, or what is left at the far edges.
+struct TileGrid {
+  bool pooled;
+  int64_t rows, width;       // of outputs
+  int64_t tile_rows, tiles;  // rows of tiles, and tiles in a row
+
+  TileGrid(const ConvBlockShape& s, int64_t rows)
+      : pooled(windows_are_2x2(s)),
+        rows(rows),
+        width(s.out_w),
+        tile_rows(pooled ? rows : (rows + 1) / 2),
+        tiles(pooled ? s.out_w : (s.out_w + 1) / 2) {}
+  int64_t count() const { return tile_rows * tiles; }
+
+  struct Place {
+    int64_t image, row, column;  // of the tile in the grid
+  };
+  Place place(int64_t t) const { return {t / count(), t % count() / tiles, t % tiles}; }
+};
+
+// Stores tile t, whose four results are y.
+[[gnu::always_inline]] inline void store_tile(const TileGrid& grid, bool relu, int64_t t,
+                                              const Vec (&y)[4], const Results& to, int vec) {
+  if (grid.pooled) return store_window(relu, y, to, t, vec);
+  const auto at = grid.place(t);
+  for (int q = 0; q < 4; ++q) {
+    const int64_t row = 2 * at.row + q / 2, column = 2 * at.column + q % 2;
+    if (row == grid.rows || column == grid.width) continue;
+    Vec best = y[q];
+    Vec::Bytes code = Vec::bytes(0);
+    if (relu) apply_relu(best, code);
+    to.store((at.image * grid.rows + row) * grid.width + column, vec, best, code);
+  }
+}
+
+// One block of channels of tiles [first, first + tiles), whose transformed patches are
+// v [position, tile, C]. patch(t) is tile t's patch; w: the block's direct weights, for tiles that
+// are not finite.
 template <int kVecs, typename Patch>
-void winograd_block(const ConvBlockShape& s, const float* v, int64_t tiles, int64_t padded_tiles,
-                    const float* u, const float* w, const float* bias, const Runs& runs, float* m,
-                    const Results to, const Patch& patch) {
+void winograd_block(const ConvBlockShape& s, const TileGrid& grid, const float* v, int64_t first,
+                    int64_t tiles, int64_t padded_tiles, const float* u, const float* w,
+                    const float* bias, const Runs& runs, float* m, const Results to,
+                    const Patch& patch) {
   const bool relu = s.relu;
   constexpr int kWidth = kVecs * L;
   const int64_t stride = padded_tiles * kWidth;
@@ -496,11 +545,11 @@ void winograd_block(const ConvBlockShape& s, const float* v, int64_t tiles, int6
     if (Vec::bits(Vec::is_nan(difference))) {
       Tile<kVecs> tile;
       const int64_t row = (s.W + 2 * s.pad_w) * s.C;
-      conv_tile<kVecs>(patch(t), {s.C, row, 0}, runs, w, bias, tile);
+      conv_tile<kVecs>(patch(first + t), {s.C, row, 0}, runs, w, bias, tile);
       for (int j = 0; j < kVecs; ++j)
         for (int p = 0; p < 4; ++p) y[j][p] = tile.sum[p][j];
     }
-    for (int j = 0; j < kVecs; ++j) store_window(relu, y[j], to, t, j);
+    for (int j = 0; j < kVecs; ++j) store_tile(grid, relu, first + t, y[j], to, j);
   }
 }
 
@@ -610,47 +659,45 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   const Runs runs(s);
   const ChannelBlocks blocks(s);
   const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
-  const int64_t bands = (s.out_h + band - 1) / band, packed_size = packed_floats(s, band);
+  const int64_t bands = (s.out_h + band - 1) / band;
+  // One row more, which the last tiles of an odd number of rows look at.
+  const int64_t packed_size = packed_floats(s, band) + row;
   const int64_t group = images_in_group(s, bands, packed_size, end - begin);
   // Transformed patches of a block of tiles take a quarter of a small second-level cache.
-  const int64_t block_tiles =
-      std::max<int64_t>(round_up(32768 / (kPositions * s.C), kTileMultiple), kTileMultiple);
+  const int64_t block_tiles = std::max<int64_t>(32768 / (kPositions * s.C), 24) / 24 * 24;
   Scratch<float> packed, v, m;
   Home<T> home(s, out, winner, group * band * s.out_w);
   packed.reserve(group * packed_size);
+  std::fill_n(packed.data, group * packed_size, 0.f);
   v.reserve(kPositions * block_tiles * s.C);
   m.reserve(kPositions * block_tiles * kMaxVecs * L);
 
   for (int64_t unit = begin; unit < end; unit += group) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
-    const int64_t images = std::min(group, end - unit);
-    const int64_t pixels = std::min(band, s.out_h - p0) * s.out_w;
-    const Band input(s, p0, p0 + pixels / s.out_w);
+    const int64_t images = std::min(group, end - unit), rows = std::min(band, s.out_h - p0);
+    const TileGrid grid(s, rows);
+    const Band input(s, p0, p0 + rows);
     for (int64_t i = 0; i < images; ++i)
       pack_band(s, x, s.C, n + i, input.first, input.rows, packed.data + i * packed_size);
-    for (int64_t t0 = 0; t0 < images * pixels; t0 += block_tiles) {
-      const int64_t tiles = std::min(block_tiles, images * pixels - t0);
-      const int64_t padded = round_up(tiles, kTileMultiple);
-      const auto patch = [&](int64_t t) {
-        const int64_t p = (t0 + t) % pixels;
-        return packed.data + (t0 + t) / pixels * packed_size + p / s.out_w * 2 * row +
-               p % s.out_w * 2 * s.C;
-      };
+    const auto patch = [&](int64_t t) {
+      const auto at = grid.place(t);
+      return packed.data + at.image * packed_size + 2 * at.row * row + 2 * at.column * s.C;
+    };
+    for (int64_t t0 = 0; t0 < images * grid.count(); t0 += block_tiles) {
+      const int64_t tiles = std::min(block_tiles, images * grid.count() - t0);
+      const int64_t padded = std::max<int64_t>(tiles, kMinTiles);
       for (int64_t t = 0; t < tiles; ++t)
-        winograd_input(patch(t), row, s.C, v.data + t * s.C, padded * s.C);
+        winograd_input(patch(t0 + t), row, s.C, v.data + t * s.C, padded * s.C);
       for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t k0 = blocks.begin(b) * L;
-        Results to = home.block(n, p0, k0);
-        to.value += t0 * to.stride;
-        if (to.code) to.code += t0 * to.stride;
         with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
-          winograd_block<decltype(vecs)::value>(s, v.data, tiles, padded, u + k0 * kPositions * s.C,
-                                                weight + k0 * taps, bias + k0, runs, m.data, to,
-                                                patch);
+          winograd_block<decltype(vecs)::value>(
+              s, grid, v.data, t0, tiles, padded, u + k0 * kPositions * s.C, weight + k0 * taps,
+              bias + k0, runs, m.data, home.block(n, p0, k0), patch);
         });
       }
     }
-    home.finish(n, p0, images, pixels);
+    home.finish(n, p0, images, rows * s.out_w);
   }
 }
 

@@ -12,6 +12,7 @@ struct Scratch {
   E* data = nullptr;
   void reserve(int64_t n) {
     memory.reset(new E[n + (64 + 4 * L) / sizeof(E) + 4 * L]);
+    ask_for_huge_pages(memory.get(), n * sizeof(E));
     data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
   }
 };

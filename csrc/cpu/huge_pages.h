@@ -1,4 +1,4 @@
-// Huge pages for large results.
+// Huge pages for large memory.
 #pragma once
 
 #if defined(__linux__)
@@ -10,7 +10,7 @@
 namespace fastcls::cpu {
 
 // Asks for huge pages under memory that is about to be filled. The allocator maps fresh memory for
-// a large tensor in every call, whose pages of 4 KiB come one fault at a time: three times as long
+// large sizes in every call, whose pages of 4 KiB come one fault at a time: three times as long
 // as it takes to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are
 // asked for, so that no memory is taken beyond it; where the system knows no such pages nothing
 // happens.

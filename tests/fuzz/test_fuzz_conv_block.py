@@ -52,8 +52,9 @@ def geometry(draw, path, why):
     """Keyword arguments of a legal call, and its kernel and least map."""
     if path == "winograd":
         padding, pads = pair_of(draw, 0, 3)
-        arguments = {"padding": padding, "pool_size": one_of(draw, 2, (2, 2))}
-        kernel, steps, reach, pool, pool_pads = (3, 3), (1, 1), (3, 3), (2, 2), (0, 0)
+        arguments = {"padding": padding, "pool_size": one_of(draw, None, 2, (2, 2))}
+        pool = (2, 2) if arguments["pool_size"] else (1, 1)
+        kernel, steps, reach, pool_pads = (3, 3), (1, 1), (3, 3), (0, 0)
     else:
         kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
         stride, steps = pair_of(draw, 1, 3)

@@ -394,6 +394,7 @@ def test_every_subset_of_gradients(name, needs, device):
 PATHS = {
     "deep2": "winograd",
     "wide2": "winograd",
+    "winograd-map": "winograd",
     "mnist1": "direct",
     "cifar1": "direct",
     "overlap": "direct",
@@ -419,6 +420,9 @@ LENGTHS = {  # what has the length, from the kernels' point of view
     "out_channels": lambda n: ConvCase("", "", 5, n, 6, 6, padding=1),
     "winograd_out_channels": lambda n: ConvCase("", "", 16, n, 6, 6, padding=1),
     "columns": lambda n: ConvCase("", "", 9, 9, 4, n, padding=1, pool_size=None),
+    "winograd_columns": lambda n: ConvCase("", "", 16, 16, 4, n, padding=1, pool_size=None),
+    "winograd_rows": lambda n: ConvCase("", "", 16, 16, n, 5, padding=1, pool_size=None),
+    "deep_columns": lambda n: ConvCase("", "", 3, 20, 5, n, kernel=(2, 3), padding=1, pool_size=None),
     "windows": lambda n: ConvCase("", "", 16, 16, 4, 2 * n, padding=1),
     "images": lambda n: ConvCase("", "", 9, 9, 5, 5, batch=n),
     "taps": lambda n: ConvCase("", "", 2, 9, 5, n + 2, kernel=(2, n)),
