@@ -5,31 +5,40 @@ import torch.nn.functional as F
 
 from fastcls import functional
 
-# Measured with the layers of VGG-16, AlexNet and SqueezeNet in float32 on two AVX2 cores.
+# Measured with the layers of VGG-16, AlexNet and SqueezeNet in float32, those of training on two
+# AVX2 cores, those of inference on two AVX-512 ones.
 FEW_CHANNELS = 4  # of an image: next to no input to read again
 MANY_CHANNELS = 64  # from there on the gradients of a map without a pool are as fast as a library's
 LARGE_WEIGHT = 1 << 18  # elements; 1 MiB, beyond which preparing the weight takes its time
 
 
-def conv_block_pays(input, weight, pool_size, needs_grad, images=None):
+WINOGRAD_CHANNELS = 16  # the forward pass takes multiples of it by Winograd's algorithm
+
+
+def conv_block_pays(input, weight, pool_size, needs_grad, images=None, dense=True):
     """Is the fused op faster than conv2d, max_pool2d and relu_ one after the other?
 
-    With a pool it is, but for a large weight that meets a small map. Without one it is about as
-    fast as a library's dense kernels; it wins on large maps, where it saves a pass over them.
+    With a pool it is, but for a large weight that meets a small map. Without one its gradients are
+    about as fast as a library's dense kernels; it wins on large maps, where it saves a pass over
+    them. Inference of 3 × 3 kernels goes by Winograd's algorithm.
 
     Args:
         input, weight: as for ``functional.conv_block``.
         pool_size: None for no pool.
         needs_grad: will a gradient be asked for?
         images: batch size to go by; None: input's.
+        dense: are stride and dilation 1?
     """
     if input.dtype == torch.float64:
         return False
     n = input.shape[0] if images is None else images
     places = n * input.shape[-2] * input.shape[-1]
     channels, taps = weight.shape[1], weight.numel() // weight.shape[0]
+    tiles = dense and weight.shape[-2:] == (3, 3) and pool_size in (None, 2, (2, 2))
+    if tiles and channels % WINOGRAD_CHANNELS == 0 and not needs_grad:
+        return places >= taps // 8
     if pool_size is not None:
-        enough = taps // 8 if needs_grad else taps
+        enough = taps // 8 if needs_grad else 4 * taps
         return weight.numel() <= LARGE_WEIGHT or places >= enough
     if channels <= FEW_CHANNELS:
         return needs_grad or channels > 1
@@ -63,6 +72,7 @@ def conv_block(
         pool_size,
         needs_grad,
         TYPICAL_IMAGES if torch.compiler.is_compiling() else None,
+        all(step in (1, (1, 1), [1, 1]) for step in (stride, dilation)),
     ):
         return functional.conv_block(
             input,

@@ -422,7 +422,9 @@ LENGTHS = {  # what has the length, from the kernels' point of view
     "columns": lambda n: ConvCase("", "", 9, 9, 4, n, padding=1, pool_size=None),
     "winograd_columns": lambda n: ConvCase("", "", 16, 16, 4, n, padding=1, pool_size=None),
     "winograd_rows": lambda n: ConvCase("", "", 16, 16, n, 5, padding=1, pool_size=None),
-    "deep_columns": lambda n: ConvCase("", "", 3, 20, 5, n, kernel=(2, 3), padding=1, pool_size=None),
+    "deep_columns": lambda n: ConvCase(
+        "", "", 3, 20, 5, n, kernel=(2, 3), padding=1, pool_size=None
+    ),
     "windows": lambda n: ConvCase("", "", 16, 16, 4, 2 * n, padding=1),
     "images": lambda n: ConvCase("", "", 9, 9, 5, 5, batch=n),
     "taps": lambda n: ConvCase("", "", 2, 9, 5, n + 2, kernel=(2, n)),
