@@ -177,7 +177,7 @@ def seeds_section(runs: list[dict]) -> list[str]:
 
 def compare_section(runs: list[dict]) -> list[str]:
     head = ["compare", "seeds", "native accuracy", "fused accuracy", "native s", "fused s"]
-    lines = table([*head, "time ratio", "with evaluation"])
+    lines = table([*head, "time ratio", "with evaluation", "machine"])
     for run in runs:
         rows = run["seeds"]
         both = [[r[side] for r in rows] for side in ("native", "fused")]
@@ -188,8 +188,8 @@ def compare_section(runs: list[dict]) -> list[str]:
         cells += [f"{mean:.2%} ± {spread:.2%}" for mean, spread in accuracies]
         cells += [f"{s:.1f}" for s in seconds]
         cells += [f"{mean:.2f} ± {spread:.2f}" for mean, spread in ratios]
-        lines.append(row(cells))
-    return [*lines, "", where(runs[0]), ""]
+        lines.append(row([*cells, where(run).rstrip(".")]))
+    return [*lines, ""]
 
 
 def cell(name: str, value: float | None) -> str:
@@ -210,7 +210,8 @@ def table(head: list[str]) -> list[str]:
 
 def speed_section(runs: list[dict]) -> list[str]:
     columns = {"test_accuracy": "test accuracy", "processor_seconds": "processor s"}
-    lines = table(["mnist-speed, threads", "seeds", *columns.values(), "wall clock s"])
+    head = ["mnist-speed, threads", "seeds", *columns.values(), "wall clock s", "machine"]
+    lines = table(head)
     for run in runs:
         rows = run["seeds"]
         cells = [str(run["settings"]["threads"]), str(len(rows))]
@@ -218,8 +219,8 @@ def speed_section(runs: list[dict]) -> list[str]:
             mean, spread = mean_and_spread([r[name] for r in rows])
             form = ".2%" if name == "test_accuracy" else ".1f"
             cells.append(f"{mean:{form}} ± {spread:{form}}")
-        lines.append(row(cells))
-    return [*lines, "", where(runs[0]), ""]
+        lines.append(row([*cells, where(run).rstrip(".")]))
+    return [*lines, ""]
 
 
 def document(runs: list[dict]) -> list[str]:
