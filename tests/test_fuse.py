@@ -626,7 +626,7 @@ def test_both_choices_give_the_same_numbers(pays, activation, pool, monkeypatch)
         # Inference by Winograd's algorithm: all but a large weight on a tiny map.
         ((4, 512, 14, 14), (512, 512, 3, 3), None, False, True),
         ((1, 512, 14, 14), (512, 512, 3, 3), None, False, False),
-        ((1, 256, 14, 14), (512, 256, 3, 3), 3, False, False),
+        ((2, 256, 14, 14), (512, 256, 3, 3), 3, False, False),
         # With a pool: all but a large weight on a small map.
         ((1, 32, 8, 8), (64, 32, 3, 3), 2, True, True),
         ((1, 512, 14, 14), (512, 512, 3, 3), 2, False, False),

@@ -38,7 +38,7 @@ def conv_block_pays(input, weight, pool_size, needs_grad, images=None, dense=Tru
     if tiles and channels % WINOGRAD_CHANNELS == 0 and not needs_grad:
         return places >= taps // 8
     if pool_size is not None:
-        enough = taps // 8 if needs_grad else 4 * taps
+        enough = taps // 8 if needs_grad else taps
         return weight.numel() <= LARGE_WEIGHT or places >= enough
     if channels <= FEW_CHANNELS:
         return needs_grad or channels > 1
