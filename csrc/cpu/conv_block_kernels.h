@@ -7,6 +7,8 @@
 // memory, in the backward passes.
 
 #include "cpu/conv_block_pack.h"
+#include "cpu/conv_block_direct.h"
+#include "cpu/conv_block_winograd.h"
 #include "cpu/conv_block_forward.h"
 #include "cpu/conv_block_backward.h"
 #include "cpu/conv_block_backward_weight.h"
