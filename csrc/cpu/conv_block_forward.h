@@ -106,15 +106,15 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   const ChannelBlocks blocks(s);
   const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
   const int64_t bands = (s.out_h + band - 1) / band;
-  // One row more, which the last tiles of an odd number of rows look at.
-  const int64_t packed_size = packed_floats(s, band) + row;
+  // One row more, which the last tiles of an odd number of rows look at, and one pixel, which the
+  // very last tile does if the width is odd too.
+  const int64_t beyond = row + s.C, packed_size = packed_floats(s, band) + beyond;
   const int64_t group = images_in_group(s, bands, packed_size, end - begin);
   // Transformed patches of a block of tiles take a quarter of a small second-level cache.
   const int64_t block_tiles = std::max<int64_t>(32768 / (kPositions * s.C), 24) / 24 * 24;
   Scratch<float> packed, v, m;
   Home<T> home(s, out, winner, group * band * s.out_w);
   packed.reserve(group * packed_size);
-  std::fill_n(packed.data, group * packed_size, 0.f);
   v.reserve(kPositions * block_tiles * s.C);
   m.reserve(kPositions * block_tiles * kMaxVecs * L);
 
@@ -123,8 +123,11 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
     const int64_t images = std::min(group, end - unit), rows = std::min(band, s.out_h - p0);
     const TileGrid grid(s, rows);
     const Band input(s, p0, p0 + rows);
-    for (int64_t i = 0; i < images; ++i)
-      pack_band(s, x, s.C, n + i, input.first, input.rows, packed.data + i * packed_size);
+    for (int64_t i = 0; i < images; ++i) {
+      float* image = packed.data + i * packed_size;
+      pack_band(s, x, s.C, n + i, input.first, input.rows, image);
+      std::fill_n(image + input.rows * row, beyond, 0.f);
+    }
     const auto patch = [&](int64_t t) {
       const auto at = grid.place(t);
       return packed.data + at.image * packed_size + 2 * at.row * row + 2 * at.column * s.C;
