@@ -12,7 +12,7 @@ from fastcls import build_info, recipes
 from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.info import kernel_resources
-from fastcls.models import LAYERS
+from fastcls.models import INITS, LAYERS
 from fastcls.runs import run
 
 # Options that are settings of a recipe, by the field of its Config; None stands for its default.
@@ -27,6 +27,7 @@ SETTINGS = {
     "clip_norm": {"type": float, "metavar": "X", "help": "largest norm of the gradients"},
     "patience": {"type": int, "metavar": "N", "help": "stop after N epochs without a better one"},
     "weights": {"metavar": "W", "help": "of VGG-16: none, default (downloaded) or a file"},
+    "init": {"choices": list(INITS), "help": "first values of the parameters of cifar-cnn"},
     "channels_last": {"action": "store_true", "help": "train in this memory format"},
     "cuda_graph": {"action": argparse.BooleanOptionalAction, "help": "default on CUDA: yes"},
     "seed": {"type": int, "metavar": "N", "help": "default: 0"},

@@ -202,7 +202,7 @@ def _pad_by_name(input, weight, padding, stride, dilation):
         raise RuntimeError(f'conv_block: padding must be "valid", "same" or ints, got {padding!r}')
     if pair("stride", stride) != (1, 1):
         raise RuntimeError(f'conv_block: padding="same" needs stride 1, got {stride!r}')
-    if weight.dim() != 4:
+    if input.dim() != 4 or weight.dim() != 4:
         return input, 0  # the op's own check says what is wrong
     dilation = pair("dilation", dilation)
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]

@@ -86,17 +86,35 @@ class MnistCnn(nn.Module):
         return self.fc2(x)
 
 
+def _he_normal(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+
+
+# The first values of the parameters.
+INITS = {"he": _he_normal, "pytorch": lambda model: None}
+
+
 class CifarCnn(nn.Module):
     """Three conv blocks and two linear layers for 32x32 colour images.
 
     Args:
         layers: ``"fused"`` (default) or ``"native"``.
+        init: ``"he"`` (default), weights N(0, 2 / fan_in) and biases 0 (He et al., 2015,
+            arXiv:1502.01852), or ``"pytorch"``, the layers' own.
 
     Shape: float images [N, 3, 32, 32] to logits [N, 10].
+
+    Raises:
+        UserError: an unknown ``init``.
     """
 
-    def __init__(self, layers: str = "fused"):
+    def __init__(self, layers: str = "fused", init: str = "he"):
         super().__init__()
+        if init not in INITS:
+            raise UserError(f"init must be one of {', '.join(INITS)}; got {init!r}")
         block = LAYERS[layers].conv_block
         self.conv1 = block(3, 16, 3, padding=1)
         self.conv2 = block(16, 32, 3, padding=1)
@@ -105,6 +123,7 @@ class CifarCnn(nn.Module):
         self.fc1 = nn.Linear(64 * 4 * 4, 200)
         self.dropout2 = nn.Dropout(0.2)
         self.fc2 = nn.Linear(200, 10)
+        INITS[init](self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.conv3(self.conv2(self.conv1(images)))

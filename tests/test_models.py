@@ -73,6 +73,19 @@ def test_models_of_linear_layers(model, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize("layers", ["fused", "native"])
+def test_cifar_cnn_starts_as_he_et_al_or_as_its_layers(layers):
+    model = CifarCnn(layers)
+    for layer in (model.conv2, model.conv3, model.fc1):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+        assert not layer.bias.any()
+    bound = model.fc1.in_features**-0.5
+    assert 0.9 * bound < CifarCnn(layers, init="pytorch").fc1.bias.abs().max() <= bound
+    with pytest.raises(UserError, match="init must be one of he, pytorch; got 'zeros'"):
+        CifarCnn(layers, init="zeros")
+
+
 def test_softmax_regression_starts_near_nothing():
     model = SoftmaxRegression()
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)

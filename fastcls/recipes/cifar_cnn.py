@@ -15,6 +15,7 @@ class Config(config.Config):
     batch_size: int = 20
     lr: float = 0.001
     val_fraction: float = 0.2
+    init: str = "he"
 
 
 def load_data(settings: Config, root: Path) -> Data:
@@ -28,4 +29,4 @@ def load_data(settings: Config, root: Path) -> Data:
 
 
 def build_model(settings: Config, classes: int) -> CifarCnn:
-    return CifarCnn(settings.layers)
+    return CifarCnn(settings.layers, settings.init)

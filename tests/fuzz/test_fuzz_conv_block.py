@@ -223,13 +223,11 @@ MISTAKES["w"] = [
     lambda t: t[..., 0],
     lambda t: t.half(),
 ]
-MISTAKES["b"] = [
+MISTAKES["b"] = [  # another dtype is an error in some of PyTorch's kernels only
     lambda t: t[:0],
     lambda t: t[:1],
     lambda t: t[None],
     lambda t: t.sum(),
-    lambda t: t.double(),
-    lambda t: t.long(),
     lambda t: t.tolist(),
 ]
 
@@ -255,8 +253,10 @@ def test_mistakes_are_native_errors(data):
     assume(drawn.x.numel())  # of an empty batch PyTorch checks less
     drawn.x, drawn.w, drawn.b = (t if t is None else t.float() for t in (drawn.x, drawn.w, drawn.b))
     tensors, arguments = with_mistake(data.draw, drawn)
-    native, error = outcome(reference.conv_block, *tensors.values(), **arguments)
     ours, our_error = outcome(conv_block, *tensors.values(), **arguments)
+    # oneDNN of torch 2.14 ends the process at some legal images of one column between padding.
+    with torch.backends.mkldnn.flags(enabled=False):
+        native, error = outcome(reference.conv_block, *tensors.values(), **arguments)
     assert (our_error and our_error[0]) == (error and error[0]), (our_error, error)
     if our_error:
         assert our_error[1].startswith("conv_block: ")

@@ -1174,6 +1174,7 @@ BAD = {
     "groups-float": ({"groups": 1.0}, r"groups must be an int, got 1.0"),
     "padding-name": ({"padding": "full"}, r"padding must be .*, got 'full'"),
     "same-strided": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got 2'),
+    "same-input-1d": ({"input": ones(64), "padding": "same"}, r"input must be .*, got \(64,\)"),
     "same-dilation": (
         {"padding": "same", "dilation": 1.5},
         r"dilation must be an int or 2 ints, got 1.5",
