@@ -612,6 +612,21 @@ def test_both_choices_give_the_same_numbers(pays, activation, pool, monkeypatch)
         assert_same(ours, expected, "choice")
 
 
+class OverwritesPooled(Net):
+    def forward(self, x):
+        x = F.dropout(self.pool(F.relu(self.conv1(x))), 0.0, self.training, inplace=True)
+        return x.mul_(2).flatten(1)
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["fused", "native"])
+def test_what_follows_a_pool_may_overwrite_its_result(pays, monkeypatch):
+    monkeypatch.setattr(choice, "conv_block_pays", lambda *_: pays)
+    native = OverwritesPooled()
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_equal_numbers(fused, native, images(native))
+
+
 @pytest.mark.parametrize(
     "shape, weight, pool, needs_grad, pays",
     [

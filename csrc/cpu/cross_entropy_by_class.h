@@ -70,20 +70,24 @@ float row_maximum(const Run<T>& run, const T* x) {
   return reduce_max(Vec::max(Vec::max(most[0], most[1]), Vec::max(most[2], most[3])));
 }
 
-// The sums of one row; stores exp(x - maximum) in powers [C] unless that is null.
+// The sums of one row; stores exp(x - maximum) in powers [C] unless that is null. The row that is
+// `ahead` further on is asked for: while exponentials are calculated, memory would have nothing to
+// do.
 struct RowSums {
   float sum, q_sum, q_dot;
 };
 
 template <Spread kSpread, bool kStore, typename T>
-RowSums sum_row(const Run<T>& run, int64_t row, float m, float* powers) {
+RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers) {
   const T* x = run.x + row * run.x_row;
+  const T* next = x + ahead * run.x_row;
   const T* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
   for_each_group(run.C, [&](auto n, int i, int64_t c, auto ragged) {
     const auto at = [&](int k) { return ragged && k == n - 1 ? run.C - kLanes : c + k * kLanes; };
     Vec below[n], power[n];
+    for (int k = 0; k < n; ++k) __builtin_prefetch(next + c + k * kLanes);
     for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + at(k)) - maximum;
     exp_each(power);
     for (int k = 0; k < n; ++k) {
@@ -163,8 +167,8 @@ void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* pow
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = first + i, y = class_of(i);
     if (y == kIgnored) continue;
-    const RowSums s = run.grad ? sum_row<kSpread, true>(run, row, maximum[i], powers_of(i))
-                               : sum_row<kSpread, false>(run, row, maximum[i], nullptr);
+    const RowSums s = run.grad ? sum_row<kSpread, true>(run, row, rows, maximum[i], powers_of(i))
+                               : sum_row<kSpread, false>(run, row, rows, maximum[i], nullptr);
     sum[i] = s.sum, q_sum[i] = s.q_sum, q_dot[i] = s.q_dot;
     if (run.prob) continue;
     at_target[i] = target_weight(run, y);

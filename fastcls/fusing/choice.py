@@ -97,10 +97,13 @@ def relu_and_pool(out, activation, pool_size, pool_stride, pool_padding, ceil_mo
 
     ReLU is monotone, so it may come after the pool, where there is less of it to do: the winner of
     a window stays the same, or its gradient is zero. It works in place: no backward pass before it
-    reads the map.
+    reads the map. But what follows a pool may overwrite its result, which ReLU's backward pass
+    reads; threshold's reads what it was given.
     """
     if pool_size is not None:
         out = F.max_pool2d(out, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+        if activation is not None and out.requires_grad:
+            return F.threshold(out, 0.0, 0.0)
     return out if activation is None else F.relu_(out)
 
 
