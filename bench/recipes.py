@@ -168,8 +168,9 @@ def where(run: dict) -> str:
 def seeds_section(runs: list[dict]) -> list[str]:
     """Runs that differ in their seeds alone, as means and spreads."""
     accuracies = mean_and_spread([run["epochs"][-1]["test_accuracy"] for run in runs])
+    name = command({**runs[0], "settings": without_seed(runs[0])})
     return [
-        f"{len(runs)} seeds: test accuracy after the last epoch {accuracies[0]:.2%} "
+        f"`fastcls train {name}`, {len(runs)} seeds: test accuracy after the last epoch {accuracies[0]:.2%} "
         f"± {accuracies[1]:.2%}.",
         "",
     ]
