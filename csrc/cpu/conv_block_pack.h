@@ -70,15 +70,15 @@ void channels_to_pixels_16(const S* src, int64_t channel_stride, int64_t channel
   });
 }
 
-template <typename S>
+template <typename S, typename D>
 void pixels_to_channels_16(const S* src, const Pixels& layout, int64_t channels, int64_t pixels,
-                           float* dst, int64_t channel_stride) {
+                           D* dst, int64_t channel_stride) {
   for_squares<16>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[16]) {
     __m512 lanes[16];
     for (int e = 0; e < 16; ++e) lanes[e] = Vec::load(src + at[e] + c).v;
     transpose16(lanes);
-    float* to = dst + c * channel_stride + p;
-    for (int e = 0; e < 16; ++e) _mm512_storeu_ps(to + e * channel_stride, lanes[e]);
+    D* to = dst + c * channel_stride + p;
+    for (int e = 0; e < 16; ++e) store16(to + e * channel_stride, lanes[e]);
   });
 }
 
@@ -143,6 +143,18 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
   });
 }
 
+// pixels_to_channels of fewer than 8 channels, of which 8 can be read.
+template <typename D>
+void pixels_to_few_channels(const float* src, const Pixels& layout, int64_t channels,
+                            int64_t pixels, D* dst, int64_t channel_stride) {
+  for_squares<8>(channels, pixels, layout, [&](int64_t, int64_t p, const int64_t (&at)[8]) {
+    __m256 lanes[8];
+    for (int e = 0; e < 8; ++e) lanes[e] = load8(src + at[e]);
+    transpose8(lanes);
+    for (int64_t c = 0; c < channels; ++c) store8(dst + c * channel_stride + p, lanes[c]);
+  });
+}
+
 // dst[c · channel_stride + p] = src[layout.offset(p) + c]
 template <typename S, typename D>
 void pixels_to_channels(const S* src, const Pixels& layout, int64_t channels, int64_t pixels,
@@ -154,9 +166,8 @@ void pixels_to_channels(const S* src, const Pixels& layout, int64_t channels, in
     return;
   }
 #if defined(FASTCLS_AVX512)
-  if constexpr (std::is_same_v<D, float>)
-    if (channels >= 16 && pixels >= 16)
-      return pixels_to_channels_16(src, layout, channels, pixels, dst, channel_stride);
+  if (channels >= 16 && pixels >= 16)
+    return pixels_to_channels_16(src, layout, channels, pixels, dst, channel_stride);
 #endif
   for_squares<8>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[8]) {
     __m256 lanes[8];
@@ -220,9 +231,11 @@ void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t channel
 template <typename T>
 void unpack_pixels(const float* src, const Pixels& layout, const View4<T>& y, int64_t n,
                    int64_t first, int64_t rows, int64_t channels) {
-  if (y.c != 1)
-    return pixels_to_channels(src, layout, channels, rows * layout.width, y.at(n, 0, first, 0),
-                              y.c);
+  const int64_t pixels = rows * layout.width;
+  T* to = y.at(n, 0, first, 0);
+  if (y.c != 1 && channels < 8 && pixels >= 8)
+    return pixels_to_few_channels(src, layout, channels, pixels, to, y.c);
+  if (y.c != 1) return pixels_to_channels(src, layout, channels, pixels, to, y.c);
   for (int64_t r = 0; r < rows; ++r, src += layout.row_stride) {
     T* dst = y.at(n, 0, first + r, 0);
     if (layout.pixel_stride == channels && y.w == channels)

@@ -23,10 +23,9 @@ inline Vec split(Vec x, Vec* m) {
   *m = {_mm512_castsi512_ps(_mm512_add_epi32(mantissa, root))};
   return {_mm512_cvtepi32_ps(_mm512_srai_epi32(from_root, 23))};
 }
-inline void put(float* p, Vec x) { x.store(p); }
 template <typename T>
 inline void put(T* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(x.v, p));
+  store16(p, x.v);
 }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // Lanes f(0), f(1), …, put together in registers: a vector loaded right after its floats were

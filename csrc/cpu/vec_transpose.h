@@ -140,6 +140,12 @@ inline __m256i to_half(__m512 v, const BFloat16*) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
+inline void store16(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+template <typename T>
+inline void store16(T* p, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(v, p));
+}
+
 // Floats of rows at p, p + step, p + 2 step and p + 3 step, in the register's quarters.
 inline Vec load_quads(const float* p, int64_t step) {
   __m512 v = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
