@@ -170,8 +170,8 @@ def seeds_section(runs: list[dict]) -> list[str]:
     accuracies = mean_and_spread([run["epochs"][-1]["test_accuracy"] for run in runs])
     name = command({**runs[0], "settings": without_seed(runs[0])})
     return [
-        f"`fastcls train {name}`, {len(runs)} seeds: test accuracy after the last epoch {accuracies[0]:.2%} "
-        f"± {accuracies[1]:.2%}.",
+        f"`fastcls train {name}`, {len(runs)} seeds: test accuracy after the last epoch "
+        f"{accuracies[0]:.2%} ± {accuracies[1]:.2%}.",
         "",
     ]
 

@@ -107,7 +107,8 @@ def driver():
 def circumstances(dtype, threads):
     """What a row of results says of the machine, the libraries and the day."""
     info = fastcls.build_info()
-    isa, torch_isa = info["cpu_isa"], torch.backends.cpu.get_cpu_capability()
+    # Rows of bfloat16 alone are the work of another instruction set.
+    isa, torch_isa = info["cpu_isa"].removesuffix("_bf16"), torch.backends.cpu.get_cpu_capability()
     if on_cuda():
         isa, torch_isa = "CUDA", f"CUDA {torch.version.cuda}, driver {driver()}"
     return {

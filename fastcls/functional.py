@@ -72,7 +72,9 @@ def conv_block(
         input: (N, C, H, W), or (C, H, W) without a batch; float32, float64, bfloat16 or float16;
             any strides.
         weight: (K, C / groups, kernel_h, kernel_w); input's dtype, or float32 with a half-precision
-            input: its gradient is float32 then. Sums are float32, or float64 for float64.
+            input: its gradient is float32 then. Sums are float32, or float64 for float64. Where
+            the processor multiplies bfloat16 in pairs (AVX-512 BF16), input's gradient is that of
+            the weight rounded to bfloat16.
         bias: (K,) with weight's dtype, or None.
         stride, padding, dilation: int or (height, width), as in ``torch.nn.functional.conv2d``;
             padding may also be "valid" or "same".

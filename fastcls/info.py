@@ -21,8 +21,8 @@ def build_info() -> dict:
 
     Returns:
         A flat dict: ``fastcls``, ``torch``, ``python`` and ``compiler`` versions; ``cpu_isa``
-        (``scalar``, ``avx2`` or ``avx512``; ``FASTCLS_ISA`` overrides the choice); ``threads``
-        (PyTorch's intra-op threads, which the kernels use); ``cuda_archs`` (list of compute
+        (``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``FASTCLS_ISA`` overrides the choice);
+        ``threads`` (PyTorch's intra-op threads, which the kernels use); ``cuda_archs`` (compute
         capabilities such as ``"9.0"``, the last with ``+PTX``, empty in a CPU-only build);
         ``cuda_kernels`` (``"loaded"`` or why not); ``torch_cuda`` (toolkit version of torch, or
         None); ``devices`` (names of the visible GPUs).

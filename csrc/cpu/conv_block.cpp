@@ -20,7 +20,9 @@ template <typename T>
 ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
 #if defined(__x86_64__)
   if (fast_path_serves(s)) {
-    if (isa() == Isa::kAvx512) return avx512::conv_block_kernels<T>();
+    if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>)
+      if (isa() == Isa::kAvx512Bf16) return avx512_bf16::conv_block_kernels<T>();
+    if (isa() >= Isa::kAvx512) return avx512::conv_block_kernels<T>();
     if (isa() == Isa::kAvx2) return avx2::conv_block_kernels<T>();
   }
 #endif

@@ -69,23 +69,12 @@ void for_pieces(const Runs& runs, const Pass& pass, int64_t r, const ChannelGrou
   }
 }
 
-// An address that is computed once: base plus index in each of many loads would make two operations
-// of a multiply-add that reads memory.
-template <typename E>
-[[gnu::always_inline]] inline const E* in_register(const E* p) {
-  asm("" : "+r"(p));
-  return p;
-}
-
 template <int kRuns, int kVecs>
-[[gnu::always_inline]] inline void add_position(const float* x, const int64_t* run, Vec scale,
-                                                Vec (&sum)[kRuns][kVecs]) {
+[[gnu::always_inline]] inline void add_runs(const Rows& rows, const int64_t* run, Factors g,
+                                            Vec (&sum)[kRuns][kVecs]) {
 #pragma GCC unroll 3
-  for (int r = 0; r < kRuns; ++r) {
-    const float* src = in_register(x + run[r]);
-#pragma GCC unroll 18
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::fma(scale, Vec::load(src + v * L), sum[r][v]);
-  }
+  for (int r = 0; r < kRuns; ++r)
+    add_rows<kVecs>(rows_at([&](int i) { return rows.of[i] + run[r]; }), g, sum[r]);
 }
 
 // Channels whose sums are in registers together: a sum is ready for its next addition after 4
@@ -95,17 +84,26 @@ constexpr int kTogether = std::max(1, std::min((7 + kSums) / kSums, kMaxSums / k
 
 // dw[k] += Σ_p g[k][p] · x[at[k][p] ...] for kTogether channels; g and at [channels, stride].
 template <int kRuns, int kVecs, int kChannels>
-void add_positions(const float* x, const int64_t* run, const float* g, const int32_t* at,
+void add_positions(const Operand* x, const int64_t* run, const Operand* g, const int32_t* at,
                    int64_t stride, int64_t n, float* dw) {
   constexpr int kRow = kRuns * kVecs * L;
   Vec sum[kChannels][kRuns][kVecs];
   for (int k = 0; k < kChannels; ++k)
     for (int r = 0; r < kRuns; ++r)
       for (int v = 0; v < kVecs; ++v) sum[k][r][v] = Vec::load(dw + k * kRow + (r * kVecs + v) * L);
-  for (int64_t p = 0; p < n; ++p)
+  int64_t p = 0;
+  for (; p + kEntries <= n; p += kEntries)
 #pragma GCC unroll 8
-    for (int k = 0; k < kChannels; ++k)
-      add_position<kRuns, kVecs>(x + at[k * stride + p], run, Vec::set(g[k * stride + p]), sum[k]);
+    for (int k = 0; k < kChannels; ++k) {
+      const int32_t* first = at + k * stride + p;
+      add_runs<kRuns, kVecs>(rows_at([&](int i) { return x + first[i]; }), run,
+                             factors_of(g + k * stride + p), sum[k]);
+    }
+  for (int k = 0; k < kChannels && p < n; ++k) {
+    const int32_t* last = at + k * stride + p;
+    add_runs<kRuns, kVecs>(rows_at([&](int) { return x + *last; }), run,
+                           last_factor(g + k * stride + p), sum[k]);
+  }
   for (int k = 0; k < kChannels; ++k)
     for (int r = 0; r < kRuns; ++r)
       for (int v = 0; v < kVecs; ++v) sum[k][r][v].store(dw + k * kRow + (r * kVecs + v) * L);
@@ -113,7 +111,7 @@ void add_positions(const float* x, const int64_t* run, const float* g, const int
 
 // All channels of a tile's n positions.
 template <int kRuns, int kVecs>
-void add_positions_of_all(const float* x, const int64_t* run, const float* g, const int32_t* at,
+void add_positions_of_all(const Operand* x, const int64_t* run, const Operand* g, const int32_t* at,
                           int64_t stride, int64_t n, int64_t channels, float* dw) {
   constexpr int kRow = kRuns * kVecs * L, kStep = kTogether<kRuns * kVecs>;
   int64_t k = 0;
@@ -130,46 +128,46 @@ struct WindowList {
   const int64_t* offset;  // of each window in dX
   int64_t windows, places;
   const int32_t* begin;  // [windows · places + 1]: where a bucket's entries begin
-  const float* g;
+  const Operand* g;
   const int32_t* channel;
+  const Operand* no_row;  // zeros, where a bucket's last entry is alone
 };
 
 // dx[window + place ...] += Σ_e g[e] · w[channel[e]] over the entries of each bucket. The last
 // vector of each run has `tail` lanes of its own; what lies behind them belongs to other pixels and
 // is left as it is.
 template <int kRuns, int kVecs>
-void add_channels(float* dx, const int64_t* run, const float* w, const WindowList& list,
+void add_channels(float* dx, const int64_t* run, const Operand* w, const WindowList& list,
                   const int64_t* place, int64_t tail) {
+  constexpr int kSums = kRuns * kVecs;
   const Vec::Mask own = Vec::first(tail);
   for (int64_t p = 0, bucket = 0; p < list.windows; ++p)
     for (int64_t q = 0; q < list.places; ++q, ++bucket) {
       const int64_t begin = list.begin[bucket], end = list.begin[bucket + 1];
       if (begin == end) continue;
       float* to = dx + list.offset[p] + place[q];
-      Vec sum[kRuns][kVecs];
-      for (int r = 0; r < kRuns; ++r)
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::load(to + run[r] + v * L);
-      for (int64_t e = begin; e < end; ++e) {
-        const Vec scale = Vec::set(list.g[e]);
-        const float* src = in_register(w + list.channel[e] * (kRuns * kVecs * L));
-        for (int r = 0; r < kRuns; ++r)
-          for (int v = 0; v < kVecs; ++v)
-            sum[r][v] = Vec::fma(scale, Vec::load(src + (r * kVecs + v) * L), sum[r][v]);
-      }
-      for (int r = 0; r < kRuns; ++r) {
-        for (int v = 0; v < kVecs - 1; ++v) sum[r][v].store(to + run[r] + v * L);
-        float* last = to + run[r] + (kVecs - 1) * L;
-        if (tail == L)
-          sum[r][kVecs - 1].store(last);
-        else
-          Vec::select(own, sum[r][kVecs - 1], Vec::load(last)).store(last);
+      Vec sum[kSums];
+#pragma GCC unroll 18
+      for (int i = 0; i < kSums; ++i) sum[i] = Vec::load(to + run[i / kVecs] + i % kVecs * L);
+      const auto row = [&](int64_t e) { return w + list.channel[e] * (kSums * L); };
+      int64_t e = begin;
+      for (; e + kEntries <= end; e += kEntries)
+        add_rows<kSums>(rows_at([&](int i) { return row(e + i); }), factors_of(list.g + e), sum);
+      if (e < end)
+        add_rows<kSums>(rows_at([&](int i) { return i == 0 ? row(e) : list.no_row; }),
+                        last_factor(list.g + e), sum);
+#pragma GCC unroll 18
+      for (int i = 0; i < kSums; ++i) {
+        float* at = to + run[i / kVecs] + i % kVecs * L;
+        if (tail < L && i % kVecs == kVecs - 1) sum[i] = Vec::select(own, sum[i], Vec::load(at));
+        sum[i].store(at);
       }
     }
 }
 
-using AddPositions = void (*)(const float*, const int64_t*, const float*, const int32_t*, int64_t,
-                              int64_t, int64_t, float*);
-using AddChannels = void (*)(float*, const int64_t*, const float*, const WindowList&,
+using AddPositions = void (*)(const Operand*, const int64_t*, const Operand*, const int32_t*,
+                              int64_t, int64_t, int64_t, float*);
+using AddChannels = void (*)(float*, const int64_t*, const Operand*, const WindowList&,
                              const int64_t*, int64_t);
 
 template <int kRuns, int... kVecsLessOne>
@@ -213,9 +211,9 @@ struct OutputTile {
   int64_t rows, columns;
 
   explicit OutputTile(const ConvBlockShape& s) {
-    constexpr int64_t kFloats = 4096;
+    constexpr int64_t kElements = 16384 / sizeof(Operand);
     const int64_t step_h = s.pool_stride_h * s.stride_h, step_w = s.pool_stride_w * s.stride_w;
-    const int64_t most = std::max<int64_t>(kFloats / (step_h * step_w * s.C), 1);
+    const int64_t most = std::max<int64_t>(kElements / (step_h * step_w * s.C), 1);
     const int64_t strips = (s.out_w + most - 1) / most;
     columns = (s.out_w + strips - 1) / strips;
     rows = std::max<int64_t>(most / columns, 1);

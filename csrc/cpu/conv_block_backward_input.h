@@ -17,13 +17,13 @@ inline constexpr CompressTable kCompress;
 
 // The lanes of x whose bit is set go to g, their numbers (from `first` on) to channel; returns how
 // many. Writes a whole vector; what lies behind the chosen ones means nothing.
-[[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, int first, float* g,
+[[gnu::always_inline]] inline int64_t store_chosen(Vec x, unsigned bits, int first, Operand* g,
                                                    int32_t* channel) {
 #if defined(FASTCLS_AVX512)
   // Compressed in a register: straight to memory takes some processors a hundred cycles.
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __mmask16 chosen = static_cast<__mmask16>(bits);
-  _mm512_storeu_ps(g, _mm512_maskz_compress_ps(chosen, x.v));
+  store_operands({_mm512_maskz_compress_ps(chosen, x.v)}, g);
   _mm512_storeu_si512(channel, _mm512_maskz_compress_epi32(
                                    chosen, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 #else
@@ -39,7 +39,7 @@ inline constexpr CompressTable kCompress;
 // The open channels of some windows, by winner: the entries of g and channel from begin[p · places
 // + q] to the next are those of window p and place q.
 struct Buckets {
-  Scratch<float> g;
+  Scratch<Operand> g;
   Scratch<int32_t> channel, begin;
   int64_t places = 0;
 
@@ -73,7 +73,7 @@ struct Buckets {
 // the longer the buckets are. Three quarters of a first-level cache of 32 KiB, and of the 48 KiB
 // that processors with AVX-512 have.
 constexpr int kInputRunVecs = L == 16 ? 6 : 12;
-constexpr int64_t kInputWeightFloats = L == 16 ? 9216 : 6144;
+constexpr int64_t kInputWeights = (L == 16 ? 36864 : 24576) / sizeof(Operand);
 
 // The gradient of the input of one image, and the weights as it reads them.
 template <typename T>
@@ -86,7 +86,8 @@ struct InputGradient {
   const int64_t row, group_floats, padded_K, places;
   int64_t block;                       // channels whose weights of a pass are together in the cache
   std::vector<int64_t> place, window;  // offsets of a window's places; of each output of a tile
-  Scratch<float> weight, dx, grad;
+  Scratch<Operand> weight;
+  Scratch<float> dx, grad;
   Scratch<uint8_t> codes;
   Buckets buckets;
 
@@ -102,10 +103,10 @@ struct InputGradient {
         places(has_winner ? s.window() : 1) {
     int64_t sums = 0;
     for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
-    block = std::clamp<int64_t>(kInputWeightFloats / (sums * L) / L * L, L, 128);
+    block = std::clamp<int64_t>(kInputWeights / (sums * L) / L * L, L, 128);
     for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(groups.shape, q));
     window.resize(tile.rows * tile.columns);
-    weight.reserve(s.K * groups.count * floats_of(passes));
+    weight.reserve(s.K * groups.count * floats_of(passes) + kMaxSums * L);
     pack_weight(w);
     dx.reserve(groups.count * group_floats);
     grad.reserve(tile.rows * tile.columns * padded_K);
@@ -113,22 +114,28 @@ struct InputGradient {
     buckets.reserve(tile.rows * tile.columns, places, block);
   }
 
-  // [channel block][group][pass][channel][runs, vectors], zero past each run.
+  // [channel block][group][pass][channel][runs, vectors], zero past each run, and a row of zeros.
   void pack_weight(const float* src) {
     const int64_t taps = s.kernel_h * s.kernel_w * s.C;
-    float* to = weight.data;
+    float row[kMaxSums * L];
+    Operand* to = weight.data;
     for (int64_t k0 = 0; k0 < s.K; k0 += block)
       for (int64_t group = 0; group < groups.count; ++group)
         for (const Pass& pass : passes)
-          for (int64_t k = k0; k < std::min(k0 + block, s.K); ++k)
-            for (int64_t r = 0; r < pass.runs; ++r, to += pass.vecs * L) {
-              std::fill_n(to, pass.vecs * L, 0.f);
+          for (int64_t k = k0; k < std::min(k0 + block, s.K); ++k, to += pass.sums() * L) {
+            std::fill_n(row, pass.sums() * L, 0.f);
+            for (int64_t r = 0; r < pass.runs; ++r)
               for_pieces(runs, pass, r, groups, group, s.C,
                          [&](int64_t at, int64_t from, int64_t n) {
-                           std::copy_n(src + k * taps + from, n, to + at);
+                           std::copy_n(src + k * taps + from, n, row + r * pass.vecs * L + at);
                          });
-            }
+            for_elements_of_sums(pass.sums(), [&](int64_t place, int64_t i) {
+              to[place] = static_cast<Operand>(row[i]);
+            });
+          }
+    std::fill_n(to, kMaxSums * L, static_cast<Operand>(0.f));
   }
+  const Operand* no_row() const { return weight.data + s.K * groups.count * floats_of(passes); }
 
   // Adds the outputs of rows [p0, p1) × columns [w0, w1) of image n.
   void add(const View4<const T>& grad_out, const uint8_t* winner, int64_t n, int64_t p0, int64_t p1,
@@ -143,7 +150,7 @@ struct InputGradient {
         std::copy_n(winner + ((n * s.out_h + ph) * s.out_w + pw) * s.K, s.K,
                     codes.data + p * padded_K);
     }
-    const float* w = weight.data;
+    const Operand* w = weight.data;
     for (int64_t k0 = 0; k0 < s.K; k0 += block) {
       const int64_t channels = std::min(block, s.K - k0);
       buckets.fill(pixels, channels, grad.data + k0, winner ? codes.data + k0 : nullptr, padded_K);
@@ -155,11 +162,12 @@ struct InputGradient {
     }
   }
 
-  void add_windows(const Pass& pass, float* to, const float* w, int64_t pixels) const {
+  void add_windows(const Pass& pass, float* to, const Operand* w, int64_t pixels) const {
     const AddChannels add = add_channels_for(pass);
     const int64_t tail = std::min<int64_t>(runs.length - (pass.vec + pass.vecs - 1) * L, L);
     add(to, runs.offset.data() + pass.run, w,
-        {window.data(), pixels, places, buckets.begin.data, buckets.g.data, buckets.channel.data},
+        {window.data(), pixels, places, buckets.begin.data, buckets.g.data, buckets.channel.data,
+         no_row()},
         place.data(), tail);
   }
 

@@ -4,6 +4,7 @@
 // `at`, the packed offset of each winner's first tap.
 struct ChannelMajor {
   Scratch<float> g, code, base;
+  Scratch<Operand> narrowed;
   Scratch<int32_t> at;
   int64_t stride = 0;
   float places[16];  // offset of each place of a window
@@ -13,7 +14,10 @@ struct ChannelMajor {
     stride = round_up(pixels, L);
     g.reserve(channels * stride), code.reserve(channels * stride), at.reserve(channels * stride);
     base.reserve(stride);
+    if (kNarrow) narrowed.reserve(channels * stride);
   }
+
+  Operand* factors() const { return operands_of(g.data, narrowed.data); }
 
   // Pooled rows [p0, p1) × columns [w0, w1) of image n as columns from `column` on. Their packed
   // rows begin at `packed` and are those from `first` on.
@@ -63,7 +67,7 @@ struct ChannelMajor {
         // Place 0 of a window may lie outside the map: a shut winner points at the very beginning.
         offset = Vec::select(shut, Vec::zero(), offset + place);
       }
-      value.store(grad + p);
+      store_operands(value, factors() + k * stride + p);
       offset.store(at.data + k * stride + p);
       sum = sum + value;
     }
@@ -334,7 +338,8 @@ struct WeightGradient {
   const Strips strips;
   const int64_t group_floats;  // of dW, one group of input channels
   int64_t packed_size;
-  Scratch<float> packed, dw, db;
+  Scratch<Operand> packed;
+  Scratch<float> wide, dw, db;
   ChannelMajor grads;
 
   explicit WeightGradient(const ConvBlockShape& shape)
@@ -350,7 +355,11 @@ struct WeightGradient {
   void reserve(int64_t images, int64_t rows) {
     packed_size = packed_floats(groups.shape, rows);
     packed.reserve(images * packed_size);
-    std::fill_n(packed.data, images * packed_size, 0.f);
+    std::fill_n(packed.data, images * packed_size, static_cast<Operand>(0.f));
+    if (kNarrow) {
+      wide.reserve(packed_size);
+      std::fill_n(wide.data, packed_size, 0.f);
+    }
     input.reserve(rows);
     grads.reserve(groups.shape, s.K, images * rows * s.out_w);
     dw.reserve(groups.count * group_floats);
@@ -377,8 +386,7 @@ struct WeightGradient {
       db.data[k] += grads.place(groups.shape, k, pixels, winner != nullptr);
     for (int64_t group = 0; group < groups.count; ++group) {
       for (int64_t i = 0; i < images; ++i)
-        input.pack(groups.shape, x, n0 + i, p0, p1, groups.begin(group), groups.width(group, s.C),
-                   packed.data + i * packed_size);
+        pack(x, n0 + i, p0, p1, group, packed.data + i * packed_size);
       for (int64_t strip = 0; strip < strips.count; ++strip)
         for (int64_t row = 0; row < images * rows; row += tile.rows)
           add_tile(images * rows * strips.begin(strip) + row * strips.width(strip),
@@ -387,11 +395,20 @@ struct WeightGradient {
     }
   }
 
+  void pack(const View4<const T>& x, int64_t n, int64_t p0, int64_t p1, int64_t group,
+            Operand* to) {
+    const int64_t first = groups.begin(group), channels = groups.width(group, s.C);
+    float* floats = floats_for(to, wide.data);
+    input.pack(groups.shape, x, n, p0, p1, first, channels, floats);
+    narrow(floats, packed_floats(groups.shape, p1 - p0), to);
+  }
+
   // Adds `count` outputs from place `at` of the list on.
   void add_tile(int64_t at, int64_t count, float* dst) const {
     for (const Pass& pass : passes) {
       add_positions_for(pass)(packed.data + pass.vec * L, runs.offset.data() + pass.run,
-                              grads.g.data + at, grads.at.data + at, grads.stride, count, s.K, dst);
+                              grads.factors() + at, grads.at.data + at, grads.stride, count, s.K,
+                              dst);
       dst += s.K * pass.sums() * L;
     }
   }
@@ -403,10 +420,13 @@ struct WeightGradient {
     for (int64_t group = 0; group < groups.count; ++group)
       for (const Pass& pass : passes)
         for (int64_t k = 0; k < s.K; ++k)
-          for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L)
+          for (int64_t r = 0; r < pass.runs; ++r, src += pass.vecs * L) {
+            float run[kMaxSums * L];
+            for_elements_of_sums(pass.vecs, [&](int64_t place, int64_t i) { run[place] = src[i]; });
             for_pieces(runs, pass, r, groups, group, C, [&](int64_t at, int64_t e, int64_t n) {
-              std::copy_n(src + at, n, to + k * row + e);
+              std::copy_n(run + at, n, to + k * row + e);
             });
+          }
     for (int64_t k = 0; k < s.K; ++k) to[(k + 1) * row - 1] = db.data[k];
   }
 };

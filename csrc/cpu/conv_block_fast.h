@@ -55,5 +55,9 @@ namespace avx512 {
 template <typename T>
 ConvBlockKernels<T> conv_block_kernels();
 }
+namespace avx512_bf16 {  // bfloat16's alone
+template <typename T>
+ConvBlockKernels<T> conv_block_kernels();
+}
 
 }  // namespace fastcls::cpu

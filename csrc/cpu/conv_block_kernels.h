@@ -10,6 +10,7 @@
 #include "cpu/conv_block_direct.h"
 #include "cpu/conv_block_winograd.h"
 #include "cpu/conv_block_forward.h"
+#include "cpu/conv_block_products.h"
 #include "cpu/conv_block_backward.h"
 #include "cpu/conv_block_backward_weight.h"
 #include "cpu/conv_block_backward_input.h"
@@ -18,6 +19,8 @@ template <typename T>
 ConvBlockKernels<T> conv_block_kernels() {
   return {winograd_serves, forward<T>, backward_weight<T>, backward_input<T>};
 }
-template ConvBlockKernels<float> conv_block_kernels<float>();
 template ConvBlockKernels<BFloat16> conv_block_kernels<BFloat16>();
+#if !defined(FASTCLS_AVX512_BF16)
+template ConvBlockKernels<float> conv_block_kernels<float>();
 template ConvBlockKernels<Half> conv_block_kernels<Half>();
+#endif

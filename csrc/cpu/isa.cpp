@@ -19,13 +19,15 @@ bool supported(Isa isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Bf16:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::kScalar;
 }
 
 Isa choose() {
-  constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+  constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
   const char* wanted = std::getenv("FASTCLS_ISA");
   for (Isa isa : kBestFirst) {
     if (wanted == nullptr || *wanted == '\0') {
@@ -35,8 +37,8 @@ Isa choose() {
       throw std::runtime_error(std::string("FASTCLS_ISA: this CPU does not support ") + wanted);
     }
   }
-  throw std::runtime_error(std::string("FASTCLS_ISA: expected scalar, avx2 or avx512, got ") +
-                           wanted);
+  throw std::runtime_error(
+      std::string("FASTCLS_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + wanted);
 }
 
 }  // namespace
@@ -48,6 +50,8 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:

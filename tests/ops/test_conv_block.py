@@ -487,7 +487,7 @@ def test_no_grad_gives_the_same_output_and_no_graph(device):
         assert_same(out, expected.detach(), mode.__name__)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """The integer tests again, in a process that uses another instruction set."""
     if build_info()["cpu_isa"] == isa:
@@ -504,7 +504,8 @@ def test_every_instruction_set(isa):
         assert isa in probe.stderr
         pytest.skip("this CPU lacks it")
     assert probe.stdout.strip() == isa
-    chosen = "(test_integers_are_bit_for_bit_native and cpu and float32-contiguous)"
+    layouts = "(float32-contiguous or bfloat16-contiguous)"
+    chosen = f"(test_integers_are_bit_for_bit_native and cpu and {layouts})"
     chosen += " or test_every_tail_length"
     program = [
         sys.executable,
