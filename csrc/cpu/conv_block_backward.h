@@ -97,7 +97,7 @@ void add_positions(const Operand* x, const int64_t* run, const Operand* g, const
     for (int k = 0; k < kChannels; ++k) {
       const int32_t* first = at + k * stride + p;
       add_runs<kRuns, kVecs>(rows_at([&](int i) { return x + first[i]; }), run,
-                             factors_of(g + k * stride + p), sum[k]);
+                             factor_of(g + k * stride + p), sum[k]);
     }
   for (int k = 0; k < kChannels && p < n; ++k) {
     const int32_t* last = at + k * stride + p;
@@ -152,7 +152,7 @@ void add_channels(float* dx, const int64_t* run, const Operand* w, const WindowL
       const auto row = [&](int64_t e) { return w + list.channel[e] * (kSums * L); };
       int64_t e = begin;
       for (; e + kEntries <= end; e += kEntries)
-        add_rows<kSums>(rows_at([&](int i) { return row(e + i); }), factors_of(list.g + e), sum);
+        add_rows<kSums>(rows_at([&](int i) { return row(e + i); }), factor_of(list.g + e), sum);
       if (e < end)
         add_rows<kSums>(rows_at([&](int i) { return i == 0 ? row(e) : list.no_row; }),
                         last_factor(list.g + e), sum);

@@ -91,9 +91,15 @@ struct Positions {
 // of all steps first, into the stack, and then go through one sum after the other.
 [[gnu::always_inline]] inline void keep_in_step(Vec& x) { asm volatile("" : "+v"(x.v)); }
 
-template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>>
-[[gnu::always_inline]] inline void conv_tile(const float* x, const Positions& at, const Runs& runs,
-                                             const float* w, const float* bias,
+// Elements of weights for one vector of channels: E's pairs fill up an odd run.
+template <typename E>
+int64_t weights_of_vec(const Runs& runs) {
+  return runs.count * round_up(runs.length, kPerLane<E>) * L;
+}
+
+template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>, typename E>
+[[gnu::always_inline]] inline void conv_tile(const E* x, const Positions& at, const Runs& runs,
+                                             const E* w, const float* bias,
                                              Tile<kVecs, kCount>& tile) {
   const int64_t run_count = Taps::runs ? Taps::runs : runs.count;
   const int64_t run_length = Taps::length ? Taps::length : runs.length;
@@ -102,22 +108,28 @@ template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>>
     for (int p = 0; p < kCount; ++p) sum[p][v] = Vec::load(bias + v * L);
 #pragma GCC unroll 3
   for (int64_t r = 0; r < run_count; ++r) {
-    const float* x0 = x + runs.offset[r];
-    const float* x2 = x0 + at.pair;
-    const float* const four[4] = {x0, x0 + at.step, x2, x2 + at.step};
-#pragma GCC unroll 9
-    for (int64_t e = 0; e < run_length; ++e, w += kVecs * L) {
-      Vec weight[kVecs];
-      for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(w + v * L);
+    const E* x0 = x + runs.offset[r];
+    const E* x2 = x0 + at.pair;
+    const E* const four[4] = {x0, x0 + at.step, x2, x2 + at.step};
+    const auto add = [&](const auto& value_at, int64_t e) __attribute__((always_inline)) {
+      decltype(load_lanes(w)) weight[kVecs];
+      for (int v = 0; v < kVecs; ++v) weight[v] = load_lanes(w + v * L * kPerLane<E>);
 #pragma GCC unroll 12
       for (int p = 0; p < kCount; ++p) {
-        const Vec value = Vec::set(four[p % 4][e + p / 4 * at.four]);
-        for (int v = 0; v < kVecs; ++v) sum[p][v] = Vec::fma(value, weight[v], sum[p][v]);
+        const auto value = value_at(four[p % 4] + e + p / 4 * at.four);
+        for (int v = 0; v < kVecs; ++v) add_product(value, weight[v], sum[p][v]);
       }
       if constexpr (Taps::length > 0)
         for (int p = 0; p < kCount; ++p)
           for (int v = 0; v < kVecs; ++v) keep_in_step(sum[p][v]);
-    }
+      w += kVecs * L * kPerLane<E>;
+    };
+    int64_t e = 0;
+#pragma GCC unroll 9
+    for (; e + kPerLane<E> <= run_length; e += kPerLane<E>)
+      add([](const E* p) __attribute__((always_inline)) { return factor_of(p); }, e);
+    if (e < run_length)
+      add([](const E* p) __attribute__((always_inline)) { return last_factor(p); }, e);
   }
   for (int p = 0; p < kCount; ++p)
     for (int v = 0; v < kVecs; ++v) tile.sum[p][v] = sum[p][v];
@@ -133,6 +145,14 @@ constexpr bool kWeightsStay = L == 16 && Taps::length > 0 && Taps::runs* Taps::l
 // Is the patch under a tile one that conv_patch knows, pixel after pixel, row after row?
 inline bool has_plain_taps(const ConvBlockShape& s) {
   return s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+}
+
+// Does conv_patch serve all blocks of channels? It multiplies floats.
+inline bool weights_stay(const ConvBlockShape& s) {
+  const ChannelBlocks blocks(s);
+  const int64_t vecs = (blocks.vecs + blocks.count - 1) / blocks.count;
+  return L == 16 && windows_are_2x2(s) && has_plain_taps(s) && s.kernel_h == 3 && s.kernel_w == 3 &&
+         (s.C == 1 || s.C == 3) && 9 * s.C * vecs <= 27;
 }
 
 template <int kVecs, typename Taps>
@@ -231,8 +251,8 @@ inline int64_t tile_begin(int64_t at, int64_t tile, int64_t count) {
 }
 
 // Pool and ReLU for one block of channels, given the band's packed input.
-template <int kVecs, typename Taps>
-void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+template <int kVecs, typename Taps, typename E>
+void windows_2x2(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w,
                  const float* bias, int64_t rows, const Results to) {
   const bool relu = s.relu;
   const int64_t out_w = s.out_w;
@@ -248,7 +268,7 @@ void windows_2x2(const ConvBlockShape& s, const float* x, const Runs& runs, cons
           store_window(relu, y, to, ph * out_w + first + i, v);
         }
   };
-  if constexpr (kWeightsStay<kVecs, Taps>)
+  if constexpr (kWeightsStay<kVecs, Taps> && std::is_same_v<E, float>)
     if (has_plain_taps(s)) {
       constexpr int kCols = 2 * kWindows;
       const Weights<kVecs, Taps> weights(w);
@@ -283,10 +303,10 @@ void with_row_pixels(int64_t conv_w, const F& f) {
 }
 
 // epilogue(place in the row, sums) for one row of the conv map.
-template <int kVecs, int kCount, typename Taps, typename Epilogue>
-[[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const float* x,
-                                                  const Runs& runs, const float* w,
-                                                  const float* bias, const Epilogue& epilogue) {
+template <int kVecs, int kCount, typename Taps, typename E, typename Epilogue>
+[[gnu::always_inline]] inline void conv_row_tiles(const ConvBlockShape& s, const E* x,
+                                                  const Runs& runs, const E* w, const float* bias,
+                                                  const Epilogue& epilogue) {
   const int64_t step = s.stride_w * s.C, pixels = std::min<int64_t>(kCount, s.conv_w);
   for (int64_t cw = 0; cw < s.conv_w; cw += kCount) {
     const int64_t first = tile_begin(cw, kCount, s.conv_w);
@@ -297,9 +317,9 @@ template <int kVecs, int kCount, typename Taps, typename Epilogue>
   }
 }
 
-template <int kVecs, int kCount, typename Taps>
-void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
-             const float* bias, int64_t rows, const Results to) {
+template <int kVecs, int kCount, typename Taps, typename E>
+void no_pool(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w, const float* bias,
+             int64_t rows, const Results to) {
   const bool relu = s.relu;
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h;
   for (int64_t h = 0; h < rows; ++h)
@@ -316,8 +336,8 @@ void no_pool(const ConvBlockShape& s, const float* x, const Runs& runs, const fl
 }
 
 // Any window: the block's conv rows of the band go through `conv`, then the windows over it.
-template <int kVecs, int kCount>
-void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+template <int kVecs, int kCount, typename E>
+void any_window(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w,
                 const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                 const Results& to) {
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, pixel_stride = kVecs * L;
@@ -348,8 +368,8 @@ void any_window(const ConvBlockShape& s, const float* x, const Runs& runs, const
     }
 }
 
-template <int kVecs>
-void forward_block(const ConvBlockShape& s, const float* x, const Runs& runs, const float* w,
+template <int kVecs, typename E>
+void forward_block(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w,
                    const float* bias, const Band& band, int64_t begin, int64_t rows, float* conv,
                    const Results& to) {
   if (windows_are_2x2(s))

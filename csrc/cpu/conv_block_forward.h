@@ -68,17 +68,19 @@ inline int64_t images_in_group(const ConvBlockShape& s, int64_t bands, int64_t p
   return bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, most);
 }
 
-template <typename T>
-void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+template <typename T, typename E>
+void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* weight,
                     const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
                     int64_t begin, int64_t end) {
   const Runs runs(s);
   const ChannelBlocks blocks(s);
-  const int64_t taps = s.kernel_h * s.kernel_w * s.C, bands = (s.out_h + band - 1) / band;
-  Scratch<float> packed, conv;
+  const int64_t bands = (s.out_h + band - 1) / band;
+  Scratch<E> packed;
+  Scratch<float> wide, conv;
   Home<T> home(s, out, winner, band * s.out_w);
   // A tile over a row shorter than itself reads past it; those sums are dropped.
   packed.reserve(packed_floats(s, band) + kMaxRowPixels<1> * s.stride_w * s.C);
+  if (kPerLane<E> > 1) wide.reserve(packed_floats(s, band));
   if (needs_conv_rows(s))
     conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxRowVecs * L);
 
@@ -86,12 +88,15 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const floa
     const int64_t n = unit / bands, p0 = unit % bands * band;
     const int64_t rows = std::min(band, s.out_h - p0);
     const Band input(s, p0, p0 + rows);
-    pack_band(s, x, s.C, n, input.first, input.rows, packed.data);
+    float* floats = floats_for(packed.data, wide.data);
+    pack_band(s, x, s.C, n, input.first, input.rows, floats);
+    narrow(floats, input.rows * (s.W + 2 * s.pad_w) * s.C, packed.data);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t k0 = blocks.begin(b) * L;
+      const E* w = weight + blocks.begin(b) * weights_of_vec<E>(runs);
       with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
-        forward_block<decltype(vecs)::value>(s, packed.data, runs, weight + k0 * taps, bias + k0,
-                                             input, p0, rows, conv.data, home.block(n, p0, k0));
+        forward_block<decltype(vecs)::value>(s, packed.data, runs, w, bias + k0, input, p0, rows,
+                                             conv.data, home.block(n, p0, k0));
       });
     }
     home.finish(n, p0, 1, rows * s.out_w);
@@ -150,6 +155,20 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   }
 }
 
+// Packed forward weights as pairs of neighbours of a run; an odd run ends with a zero.
+inline void pack_pairs(const ConvBlockShape& s, const float* packed, Operand* to) {
+  const Runs runs(s);
+  const ChannelBlocks blocks(s);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L;
+    for (int64_t r = 0; r < runs.count; ++r, packed += runs.length * width)
+      for (int64_t e = 0; e < runs.length; e += 2)
+        for (int64_t k = 0; k < width; ++k)
+          for (int64_t i = 0; i < 2; ++i)
+            *to++ = static_cast<Operand>(e + i < runs.length ? packed[(e + i) * width + k] : 0.f);
+  }
+}
+
 template <typename T>
 void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
              const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
@@ -165,6 +184,11 @@ void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weig
     winograd_weight(s, packed_weight.data, u.data);
     forward_winograd<T>(s, x, packed_weight.data, u.data, packed_bias.data, out, winner, band,
                         begin, end);
+  } else if (kNarrow && !weights_stay(s)) {
+    Scratch<Operand> pairs;
+    pairs.reserve(padded_K / L * weights_of_vec<Operand>(Runs(s)));
+    pack_pairs(s, packed_weight.data, pairs.data);
+    forward_direct<T>(s, x, pairs.data, packed_bias.data, out, winner, band, begin, end);
   } else {
     forward_direct<T>(s, x, packed_weight.data, packed_bias.data, out, winner, band, begin, end);
   }
