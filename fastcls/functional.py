@@ -73,8 +73,8 @@ def conv_block(
             any strides.
         weight: (K, C / groups, kernel_h, kernel_w); input's dtype, or float32 with a half-precision
             input: its gradient is float32 then. Sums are float32, or float64 for float64. Where
-            the processor multiplies bfloat16 in pairs (AVX-512 BF16), input's gradient is that of
-            the weight rounded to bfloat16.
+            the processor multiplies bfloat16 in pairs (AVX-512 BF16), a float32 weight that meets
+            it may be rounded to bfloat16.
         bias: (K,) with weight's dtype, or None.
         stride, padding, dilation: int or (height, width), as in ``torch.nn.functional.conv2d``;
             padding may also be "valid" or "same".
@@ -85,7 +85,7 @@ def conv_block(
         pool_padding, ceil_mode: as in ``torch.nn.functional.max_pool2d``.
 
     Under autocast the op runs in the autocast dtype of the input's device; a float32 weight is
-    read as it is, without a cast copy. On CUDA a float32 product rounds its operands to tf32 where
+    read without a cast copy. On CUDA a float32 product rounds its operands to tf32 where
     ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", PyTorch's default for convolutions.
 
     Returns:
