@@ -144,7 +144,8 @@ constexpr bool kWeightsStay = L == 16 && Taps::length > 0 && Taps::runs* Taps::l
 
 // Is the patch under a tile one that conv_patch knows, pixel after pixel, row after row?
 inline bool has_plain_taps(const ConvBlockShape& s) {
-  return s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1;
 }
 
 // Does conv_patch serve all blocks of channels? It multiplies floats.
