@@ -172,7 +172,9 @@ def path_taken(drawn):
 def test_conv_block(path, data):
     drawn = data.draw(calls(path))
     scalar = build_info()["cpu_isa"] == "scalar"
-    assert path_taken(drawn) == ("general" if scalar else path)
+    taken, expected = path_taken(drawn), "general" if scalar else path
+    by_chance = expected == "direct" and taken == "winograd"  # a 3 x 3 kernel was drawn
+    assert taken == expected or by_chance
     check(drawn, data)
 
 
