@@ -61,7 +61,7 @@ struct GradSource {
   __device__ void load_windows(const ConvBlockShape& s, const GemmTile& t, unsigned char* patch,
                                const Box& box, int chunk) const {
     // What registers allow beside 64 columns of sums.
-    constexpr int kTogether = Math::kArithmetic == Arithmetic::kTf32 ? 1 : 2;
+    constexpr int kTogether = Layout<Math>::kMatrixUnit && sizeof(Element) == 4 ? 1 : 2;
     const unsigned items = t.images * by_windows_h.divisor * by_windows_w.divisor *
                            static_cast<int>(t.by_vectors.divisor);
 #pragma unroll 1

@@ -146,7 +146,7 @@ __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_windo
               for (int j = 0; j < 2; ++j)
                 if (kPlaces > 1 || j == output)
                   a[m][2 * j + h] = code_of(codes, h) == (kPlaces > 1 ? place + first + j : 0)
-                                        ? to_tf32(grad.e[h])
+                                        ? bits_as<uint32_t>(Math::rounded(grad.e[h]))
                                         : 0;
           });
     const int* const positions = at.positions + 4 * first + 2 * t;
@@ -263,19 +263,24 @@ __device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGrad
 
 // ---- the kernel
 
+// Blocks that shall fit on a multiprocessor side by side: two, where registers allow it.
+template <typename Math, int kPlaces, int kUnits>
+constexpr int grad_blocks() {
+  constexpr bool kScarce = Math::kArithmetic == Arithmetic::kTf32x3 && kPlaces == 1;
+  return FASTCLS_SM80 && !(kScarce && kUnits == kGradUnits) ? 2 : 1;
+}
+
 // Windows of 1, up to 4 or up to kPlaces positions. Grid: x has the parts of the boxes, y the
 // output channels, 32 at a time, and the chunks of input channels. partial [parts, K, taps x C +
 // 1]. Shared memory: two patches, gradients and codes of two boxes, positions, tables of the
 // patch's pixels and the box's outputs; at the end room to add up.
-//
-// Two blocks to a multiprocessor; compute capability 7.5 would have to spill registers for that.
 template <typename Math, int kPlaces, int kUnits>
-__global__ void __launch_bounds__(kGradThreads, FASTCLS_SM80 ? 2 : 1)
+__global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnits>())
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
                        PooledGradSource<typename Math::Element> source, float* partial) {
   using T = typename Math::Element;
   const GemmTile& t = p.tile;
-  if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
+  if constexpr (!Layout<Math>::kRuns) return trap();
   DYNAMIC_SHARED(shared);
   const int outputs = p.steps / p.window_steps * (kPlaces > 1 ? 4 : kGradStep);
   unsigned char* const patches = shared;

@@ -92,15 +92,22 @@ __device__ void start_sums(const float* bias, float (&sums)[kM][kTilesN][4]) {
   }
 }
 
+// Parts of floats, beside 64 columns of sums, leave none for what is loaded ahead.
+template <typename Math, int kTilesN>
+constexpr bool registers_are_scarce() {
+  return Math::kArithmetic == Arithmetic::kTf32x3 && kTilesN > 4;
+}
+
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
 // channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another:
 // two steps at a time, for more would take registers that before compute capability 9.0 are not
-// there.
+// there. Where registers are scarce nothing overlaps.
 template <typename Math, int kTilesN, bool kFold, int kSteps>
 __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
                               const unsigned char* patch, const unsigned char* weights,
                               const int* table, const int* row_offsets,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  constexpr bool kScarce = registers_are_scarce<Math, kTilesN>();
   constexpr int kM = 2 * Layout<Math>::kGroups,
                 kUnrolled = kSteps > 1 && (kTilesN > 4 || !kFold) ? 2 : 1;
   // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
@@ -122,8 +129,8 @@ __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
   int next = tap_offsets[0];
 #pragma unroll 1
   for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
-    const int offset = next;
-    next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // early: all else waits for it
+    const int offset = kScarce ? tap_offsets[tap] : next;
+    if (!kScarce) next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // all else waits for it
 #pragma unroll kUnrolled
     for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
@@ -154,6 +161,8 @@ __device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
                                   const unsigned char* patch, const unsigned char* weights,
                                   const int* table, const int* row_offsets,
                                   float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
+  if constexpr (registers_are_scarce<Math, kTilesN>())
+    return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, row_offsets, sums);
   switch (t.depth_bytes) {
     case 32:
       return multiply_taps<Math, kTilesN, kFold, 1>(s, t, patch, weights, table, row_offsets, sums);
@@ -243,7 +252,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
     gemm_kernel(ConvBlockShape s, GemmTile t, Source source, const unsigned char* packed,
                 GemmValues bias, GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
-  if constexpr (Layout<Math>::kMatrixUnit && !FASTCLS_SM80) return trap();
+  if constexpr (!Layout<Math>::kRuns) return trap();
   DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared;
   unsigned char* const patches = weights + t.weight_bytes;

@@ -59,6 +59,39 @@ struct Tf32Math {
   }
 };
 
+// A float is the sum of two tf32 but for its last bit at most. Their products without that of the
+// two small parts come to a product of floats but for some 2^-22 of it, about what the sums are
+// rounded by; each 8 of them are summed on their own, since the unit cuts off its sums' last bits.
+struct Tf32x3Math {
+  using Element = float;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kTf32x3;
+  __device__ static Element rounded(float x) { return x; }
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) high[i] = high_part(a[i]), low[i] = low_part(a[i]);
+    const uint32_t high0 = high_part(b0), high1 = high_part(b1);
+    float sums[4] = {};
+    mma_tf32(sums, low, high0, high1);
+    mma_tf32(sums, high, low_part(b0), low_part(b1));
+    mma_tf32(sums, high, high0, high1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += sums[i];
+  }
+
+ private:
+  // The nearest tf32 that is finite: the low part of an infinity is infinite, and no infinity meets
+  // a low part of zero.
+  __device__ static uint32_t high_part(uint32_t bits) {
+    constexpr float kLargest = 0x1.ffcp127f;
+    const float finite = fminf(fmaxf(float_of_bits(bits), -kLargest), kLargest);
+    return (bits_of_float(finite) + 0x1000) & 0xffffe000;
+  }
+  __device__ static uint32_t low_part(uint32_t bits) {
+    return bits_of_float(float_of_bits(bits) - float_of_bits(high_part(bits)));
+  }
+};
+
 struct FloatMath {
   using Element = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kFloat;
@@ -70,6 +103,8 @@ struct Layout {
   static constexpr GemmConfig kConfig = gemm_config(Math::kArithmetic, false, 0);
   static constexpr bool kMatrixUnit = kConfig.matrix_unit;
   static constexpr int kGroups = kConfig.groups, kThreads = kConfig.warps * kWarpSize;
+  // Multiply-adds are for devices without a matrix unit: other code traps there.
+  static constexpr bool kRuns = runs_kernels(kMatrixUnit);
 };
 
 __device__ inline unsigned divide(unsigned n, const Divider& by) {
@@ -93,6 +128,8 @@ void dispatch_arithmetic(Arithmetic a, const F& f) {
       return f(F16Math{});
     case Arithmetic::kTf32:
       return f(Tf32Math{});
+    case Arithmetic::kTf32x3:
+      return f(Tf32x3Math{});
     case Arithmetic::kFloat:
       return f(FloatMath{});
   }

@@ -6,7 +6,7 @@
 //   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
 //   DYNAMIC_SHARED(name)
 //   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, __byte_perm, __vcmpeq4, fmaxf, uint2, uint4, atomicInc, __threadfence, and the
+//   __umulhi, __byte_perm, __vcmpeq4, fmaxf, fminf, uint2, uint4, atomicInc, __threadfence, and the
 //   functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
@@ -31,6 +31,10 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 #else
 #define FASTCLS_SM80 0
 #endif
+
+// Is the code compiled for devices that run kernels which need the matrix unit, or which serve in
+// their place?
+constexpr bool runs_kernels(bool of_matrix_unit) { return of_matrix_unit == (FASTCLS_SM80 == 1); }
 
 // Ends the kernel with an error.
 __device__ inline void trap() { asm volatile("trap;"); }

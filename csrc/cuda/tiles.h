@@ -70,8 +70,9 @@ struct Divider {
         reciprocal(d == 1 ? 0 : static_cast<unsigned>(((int64_t{1} << 32) + d - 1) / d)) {}
 };
 
-// Operands of the product: 16-bit ones or tf32 on the matrix unit, float with multiply-adds.
-enum class Arithmetic { kBf16, kF16, kTf32, kFloat };
+// Operands of the product: on the matrix unit 16-bit ones, tf32, or floats as three products of
+// tf32; floats with multiply-adds where there is none.
+enum class Arithmetic { kBf16, kF16, kTf32, kTf32x3, kFloat };
 
 // What a kernel is compiled for.
 struct GemmConfig {

@@ -48,9 +48,12 @@ every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(params=["cpu", "cuda-emulated", "cuda"])
+@pytest.fixture(params=["cpu", "cuda-emulated", "cuda-7.5-emulated", "cuda"])
 def device(request, monkeypatch):
-    """Where the tensors are; "cuda-emulated" has the CUDA kernels run on tensors of the CPU."""
+    """Where the tensors are; emulated, CUDA kernels run on tensors of the CPU.
+
+    Of compute capability 7.5 float32 alone: it has kernels of its own there.
+    """
     return use_device(request.param, monkeypatch, getattr(request.node, "callspec", None))
 
 
@@ -65,7 +68,11 @@ def tf32_device(request, monkeypatch):
 def use_device(name, monkeypatch, callspec=None):
     if name != "cpu" and callspec and not worth_running(**callspec.params):
         pytest.skip("CUDA: every layout with two dtypes, every dtype with two layouts")
-    if name == "cuda-emulated":
+    if name == "cuda-7.5-emulated":
+        if callspec.params.get("dtypes", DTYPES["float32"]) != DTYPES["float32"]:
+            pytest.skip("the kernels of compute capability 8.0")
+        monkeypatch.setenv("FASTCLS_EMULATED_ARCH", "75")
+    if name.endswith("emulated"):
         monkeypatch.setattr(functional, "_ops", emulator.load())
         return torch.device("cpu")
     if name == "cuda":

@@ -1,6 +1,8 @@
 // The names of csrc/cuda/common.h for the emulator: a launch runs at once, on the host.
 #pragma once
 
+#include <cstdlib>
+
 #include "cuda/device.h"
 #include "ops.h"
 
@@ -28,8 +30,12 @@ class Launcher {
     return ++calls % 2 ? &counter : nullptr;
   }
 
-  // A small device with matrix units: few multiprocessors, so that blocks get several turns.
-  int arch() const { return 80; }
+  // A small device: few multiprocessors, so that blocks get several turns. It has matrix units,
+  // unless the environment wants one of compute capability 7.5.
+  int arch() const {
+    const char* const arch = std::getenv("FASTCLS_EMULATED_ARCH");
+    return arch ? std::atoi(arch) : 80;
+  }
   int multiprocessors() const { return 2; }
   int64_t max_shared_bytes() const { return 99 << 10; }
 };

@@ -96,7 +96,8 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   sync_warp();
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 8 * kPerWord; ++k)
-      d[i] += pair.a[g + i / 2 * 8][k] * pair.b[k][2 * t + i % 2];
+      // As wide as a product is, which may lie beyond the largest float.
+      d[i] = static_cast<float>(d[i] + double{pair.a[g + i / 2 * 8][k]} * pair.b[k][2 * t + i % 2]);
 }
 
 // What a lane gets of matrices whose row addresses the lanes pass.
@@ -114,6 +115,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void forget(uint4&) {}
+constexpr bool runs_kernels(bool) { return true; }  // devices of every kind are emulated
 inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 // Errs as far as the hardware may, except at 0: upwards for one half of the numbers, downwards for
 // the other.
