@@ -125,7 +125,7 @@ template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>, typen
       w += kVecs * L * kPerLane<E>;
     };
     int64_t e = 0;
-#pragma GCC unroll 9
+#pragma GCC unroll 11
     for (; e + kPerLane<E> <= run_length; e += kPerLane<E>)
       add([](const E* p) __attribute__((always_inline)) { return factor_of(p); }, e);
     if (e < run_length)
@@ -336,6 +336,25 @@ void no_pool(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w, 
                                         });
 }
 
+// Part of the conv map: rows of neighbouring positions, distances in floats.
+struct MapPart {
+  const float* first;
+  int64_t rows, columns, row_stride, stride;
+};
+
+// The maximum of a window whose place nobody wants, in half the steps.
+[[gnu::always_inline]] inline Vec maximum(const MapPart& window) {
+  Vec best = Vec::load(window.first);
+  Vec::Mask nan = Vec::is_nan(best);
+  for (int64_t h = 0; h < window.rows; ++h)
+    for (int64_t w = 0; w < window.columns; ++w) {
+      const Vec value = Vec::load(window.first + h * window.row_stride + w * window.stride);
+      nan = Vec::either(nan, Vec::is_nan(value));
+      best = Vec::max(best, value);
+    }
+  return Vec::select(nan, Vec::set(std::numeric_limits<float>::quiet_NaN()), best);
+}
+
 // Any window: the block's conv rows of the band go through `conv`, then the windows over it.
 template <int kVecs, int kCount, typename E>
 void any_window(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w,
@@ -357,11 +376,17 @@ void any_window(const ConvBlockShape& s, const E* x, const Runs& runs, const E* 
       for (int v = 0; v < kVecs; ++v) {
         Vec best = Vec::set(-std::numeric_limits<float>::infinity());
         Vec::Bytes code = Vec::bytes((h_begin - h0) * s.pool_w + w_begin - w0);
-        for (int64_t h = h_begin; h < h_end; ++h)
-          for (int64_t cw = w_begin; cw < w_end; ++cw)
-            take_greater(
-                Vec::load(conv + ((h - band.conv_begin) * s.conv_w + cw) * pixel_stride + v * L),
-                (h - h0) * s.pool_w + cw - w0, best, code);
+        const MapPart window{
+            conv + ((h_begin - band.conv_begin) * s.conv_w + w_begin) * pixel_stride + v * L,
+            h_end - h_begin, w_end - w_begin, s.conv_w * pixel_stride, pixel_stride};
+        if (!to.code)
+          best = maximum(window);
+        else
+          for (int64_t h = h_begin; h < h_end; ++h)
+            for (int64_t cw = w_begin; cw < w_end; ++cw)
+              take_greater(Vec::load(window.first + (h - h_begin) * window.row_stride +
+                                     (cw - w_begin) * pixel_stride),
+                           (h - h0) * s.pool_w + cw - w0, best, code);
         if (s.relu) apply_relu(best, code);
         const int64_t pixel = r * s.out_w + pw;
         to.store(pixel, v, best, code);
