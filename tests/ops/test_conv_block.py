@@ -602,6 +602,27 @@ def test_pool_padding_never_wins(device):
     assert grad == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max])
+def test_floats_beyond_every_tf32(value, channels, device):
+    """Products with any weight are what they are: of infinity, and of the largest float."""
+    for weight in [1.0, 0.3, -0.1, 1e-30, *([] if math.isfinite(value) else [3000.7, -70000.3])]:
+        product = (torch.tensor(weight) * value).view(1)
+        w = torch.zeros(16, channels, 1, 1, device=device)
+        w[0, 0] = weight
+        x, small, grad_out = (
+            torch.zeros(1, n, 1, 1, device=device) for n in (channels,) * 2 + (16,)
+        )
+        x[:, 0], small[:, 0], grad_out[:, 0] = value, weight, value
+        out = conv_block(x, w, None, activation=None, pool_size=None)
+        leaves = leaves_of(small, w)
+        grads = gradients(
+            conv_block(*leaves, None, activation=None, pool_size=None), leaves, grad_out
+        )
+        for result in (out, *grads):
+            torch.testing.assert_close(result[0, 0].view(1).cpu(), product, equal_nan=True)
+
+
 def test_nan_beats_infinity_and_keeps_its_gradient(device):
     nan, inf = float("nan"), float("inf")
     out, grad = pointwise([[inf, nan], [5, inf]], device)
