@@ -250,13 +250,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   SHARED_ARRAY(double, of_group, 3 * kGroups);
   double* const sums = of_group + threadIdx.x / kGroup * 3;
   if (lane == 0) sums[0] = sums[1] = sums[2] = 0;
-  const int first_row = blockIdx.x * rows_per_block + threadIdx.x / kGroup;
-  const int turns = rows_per_block / kGroups;
+  const int block_row = blockIdx.x * rows_per_block;
+  const int end_row = rows - block_row < rows_per_block ? rows : block_row + rows_per_block;
   const int64_t distance = layout.row_stride(kInput);
   // Returns the row's target; its first batch is on its way then, unless the row is ignored.
-  auto ask_first = [&](int turn, uint4(&batch)[kBatch]) {
-    const int n = first_row + turn * kGroups;
-    if (turn >= turns || n >= rows) return problem.ignore_index;
+  auto ask_first = [&](int n, uint4(&batch)[kBatch]) {
+    if (n >= end_row) return problem.ignore_index;
     const int64_t y = problem.index(n);
     if (y == problem.ignore_index) return y;
     const T* x = problem.x + n * distance;
@@ -264,20 +263,19 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     load_batch<kGroup>(reinterpret_cast<const uint4*>(x + row.head), lane, row.vectors, batch);
     return y;
   };
+  auto gradient_row = [&](int n) { return output.grad + n * layout.row_stride(kGrad); };
   uint4 kept[kBatch];
   int64_t y = 0;
-  if constexpr (!kWithGrad) y = ask_first(0, kept);
-  for (int turn = 0; turn < turns; ++turn) {
-    const int n = first_row + turn * kGroups;
-    if (n >= rows) break;  // the same for all threads of the row, and of the barriers
+  int n = block_row + threadIdx.x / kGroup;  // the same for all threads of a barrier
+  if constexpr (!kWithGrad) y = ask_first(n, kept);
+  for (; n < end_row; n += kGroups) {
     if constexpr (kWithGrad) y = problem.index(n);
     const TargetClass<float> target = problem.classify(y);
     const T* x = problem.x + n * distance;
-    T* grad = kWithGrad ? output.grad + n * layout.row_stride(kGrad) : nullptr;
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     if (target.ignored) {  // without reading it
-      if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, grad);
-      if constexpr (!kWithGrad) y = ask_first(turn + 1, kept);
+      if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, gradient_row(n));
+      if constexpr (!kWithGrad) y = ask_first(n + kGroups, kept);
       if (lane == 0) {
         out.save_row(n, rows, 0.f, 0.f);
         if (out.each) out.set_loss(n, 0.f);
@@ -285,7 +283,8 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       continue;
     }
     const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
-    const int rest = lane + kBatch * kGroup;  // first vector of this thread that is not kept
+    // This thread's vectors that are not kept, from `rest` on; a warp to a row keeps all of them.
+    const int rest = lane + kBatch * kGroup, end = kGroup == kWarpSize ? 0 : row.vectors;
 
     // 1. Maximum and sum of exponentials.
     Softmax<T> softmax;
@@ -293,7 +292,8 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     uint4 batch[kWithGrad ? kTaken : kBatch];
     if constexpr (kWithGrad) {  // all that there is room for, before waiting for any of it
       load_batch<kGroup>(from, lane, row.vectors, kept);
-      for (int s = 0; s < output.stash && rest + s * kGroup < row.vectors; ++s)
+#pragma unroll 1
+      for (int s = 0; s < output.stash && rest + s * kGroup < end; ++s)
         copy_async(stash + s * kBlockThreads, from + rest + s * kGroup, false);
       copy_async_commit();
     }
@@ -301,8 +301,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     const int edge_class = row.class_of_edge(lane);
     const float edge = at_edge ? static_cast<float>(x[edge_class]) : -kInfinity<float>;
     extras.y = target.valid ? static_cast<int>(target.y) : -1;
-    if (target.valid) extras.x_y = static_cast<float>(x[extras.y]);
-    if constexpr (kExtras) extras.reference = reference_of(static_cast<float>(x[0]));
+    T at_target = static_cast<T>(0.f);
+    if (target.valid) at_target = x[extras.y];
+    if constexpr (kExtras) {
+      extras.x_y = static_cast<float>(at_target);
+      extras.reference = reference_of(static_cast<float>(x[0]));
+    }
     softmax.m = fmaxf(softmax.m, edge);
     softmax.sum = exp_of<T>(edge - softmax.base());
     if (kExtras && at_edge) extras.add(edge, edge_class);
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     if constexpr (kWithGrad) {
       add_batch<T, kGroup, kExtras, false>(kept, row, lane, &softmax, &extras);
       copy_async_wait<0>();
-      for (int slot = 0; rest + slot * kGroup < row.vectors; slot += kTaken) {
+      for (int slot = 0; rest + slot * kGroup < end; slot += kTaken) {
         take(slot);
         add_batch<T, kGroup, kExtras, false>(batch, row, rest + slot * kGroup, &softmax, &extras);
       }
@@ -328,7 +332,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       auto add_then_ask = [&](int done, uint4(&added)[kBatch], uint4(&asked)[kBatch]) {
         const bool last = done + kStep >= row.vectors;
         if (!last) load_batch<kGroup>(from, done + kStep + lane, row.vectors, asked);
-        if (done + kStep <= row.vectors)
+        if (FASTCLS_SM80 && done + kStep <= row.vectors)
           add_batch<T, kGroup, kExtras, true>(added, row, done + lane, &softmax, &extras);
         else
           add_batch<T, kGroup, kExtras, false>(added, row, done + lane, &softmax, &extras);
@@ -336,11 +340,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       };
       for (int done = 0;; done += 2 * kStep)
         if (add_then_ask(done, kept, batch) || add_then_ask(done + kStep, batch, kept)) break;
-      y = ask_first(turn + 1, kept);
+      y = ask_first(n + kGroups, kept);
     }
-    reduce_group<kGroup, kExtras>(turn, &softmax, &extras);
+    reduce_group<kGroup, kExtras>(n / kGroups, &softmax, &extras);
 
-    // 2. The row's loss.
+    // 2. The row's loss. Its target's logit is not waited for until here where it can be helped.
+    if constexpr (!kExtras) extras.x_y = static_cast<float>(at_target);
     const float log_sum = std::log(softmax.sum);
     if (lane == 0) {
       const float loss = row_loss(problem, target, softmax.m, log_sum, extras);
@@ -353,13 +358,14 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     // 3. Its gradient.
     if constexpr (kWithGrad) {
       const RowGradient<T> gradient(problem, target, softmax.m, log_sum, extras.x_y, scale);
+      T* grad = gradient_row(n);
       uint4* to = reinterpret_cast<uint4*>(grad + row.head);
       if (at_edge)
         grad[edge_class] =
             static_cast<T>(edge_class == extras.y ? gradient.of_target : gradient(edge));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
-      if (rest >= row.vectors) continue;
-      const int last = (row.vectors - rest - 1) / (kTaken * kGroup);
+      if (rest >= end) continue;
+      const int last = (end - rest - 1) / (kTaken * kGroup);
       for (int b = last; b >= 0; --b) {
         take(b * kTaken);
         store_gradients<T, kGroup>(batch, row, rest + b * kTaken * kGroup, extras.y, gradient, to);
