@@ -55,6 +55,15 @@ int rows_group(int64_t vectors) {
   return vectors <= 4 * kBatch * 256 ? 256 : 512;
 }
 
+// The same where many rows are only read: fewer threads with up to 32 vectors each, as a row costs
+// each of its warps some 300 instructions whatever its length, as many as 40 classes do. All rows
+// together are still to have the threads that the multiprocessors hold at a time, 1024 each.
+int forward_group(int64_t vectors, int64_t rows) {
+  for (int group : {32, 128, 256})
+    if (vectors <= 32 * group && rows * group >= 128 * 1024) return group;
+  return rows_group(vectors);
+}
+
 Path path_of(const RowLayout& layout, const CrossEntropyShape& s, ScalarType type, bool weighted,
              double smoothing) {
   const bool plain_rows = layout.dims <= 1 && layout.class_stride[kInput] == 1;
@@ -248,7 +257,10 @@ ForwardTile forward_tile(const Call& call, const RowLayout& layout, const Tensor
   } else if (tile.path == Path::kRows) {
     const int64_t vectors = layout.C * call.input.element_size() / 16;
     tile.grad = grad && aligned_alike(layout, call.input, *grad);
-    tile.group = tile.grad && vectors > 16 * 512 ? 1024 : rows_group(vectors);
+    if (!tile.grad)
+      tile.group = forward_group(vectors, layout.rows);
+    else
+      tile.group = vectors > 16 * 512 ? 1024 : rows_group(vectors);
     at_once = tile.group == kWarpSize ? kRowsThreads<kWarpSize> / kWarpSize : 1;
   } else {
     tile.group = general_group(layout);

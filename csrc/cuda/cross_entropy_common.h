@@ -68,11 +68,11 @@ struct Problem {
     }
   }
   __device__ bool in_range(int64_t y) const { return y >= 0 && y < layout.C; }
-  __device__ TargetClass<Acc> target_class(int64_t row) const {
-    const int64_t y = index(row);
+  __device__ TargetClass<Acc> classify(int64_t y) const {
     const bool ignored = y == ignore_index, valid = !ignored && in_range(y);
     return {y, ignored, valid, valid ? weight_of(y) : Acc(!ignored)};
   }
+  __device__ TargetClass<Acc> target_class(int64_t row) const { return classify(index(row)); }
 };
 
 // The gradient that the rows' own gradients of an op are multiplied with.

@@ -111,14 +111,15 @@ __device__ void load_batch(const uint4* from, int first, int vectors, uint4 (&ba
 
 // ---- the forward pass
 
-template <typename T, int kGroup, bool kExtras, int kCount>
+// kFull: the row has all of the batch's vectors, and none is asked for.
+template <typename T, int kGroup, bool kExtras, bool kFull, int kCount>
 __device__ void add_batch(uint4 (&batch)[kCount], const VectorRow<T>& row, int first,
                           Softmax<T>* softmax, RowExtras* extras) {
   float x[kPerVector<T>];
   uint32_t top = kLowest<T>;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    if (first + j * kGroup >= row.vectors) continue;
+    if (!kFull && first + j * kGroup >= row.vectors) continue;
     const uint4& v = batch[j];
     top = larger<T>(top, larger<T>(larger<T>(v.x, v.y), larger<T>(v.z, v.w)));
   }
@@ -127,7 +128,7 @@ __device__ void add_batch(uint4 (&batch)[kCount], const VectorRow<T>& row, int f
   const float base = softmax->base();
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    if (first + j * kGroup >= row.vectors) continue;
+    if (!kFull && first + j * kGroup >= row.vectors) continue;
     forget(batch[j]);
     unpack<T>(batch[j], x);
     float sum = 0;  // apart, so that vectors do not wait for each other
@@ -140,23 +141,26 @@ __device__ void add_batch(uint4 (&batch)[kCount], const VectorRow<T>& row, int f
   }
 }
 
-template <bool kExtras, typename T>
-__device__ void reduce_warp(Softmax<T>* softmax, RowExtras* extras) {
+// Over kLanes neighbours, a power of 2, in each of them.
+template <int kLanes, bool kExtras, typename T>
+__device__ void reduce_lanes(Softmax<T>* softmax, RowExtras* extras) {
   float m = softmax->m;
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
     m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, lanes));
   softmax->raise(m);
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
     softmax->sum += __shfl_xor_sync(kFullWarp, softmax->sum, lanes);
-    if constexpr (kExtras) extras->below += __shfl_xor_sync(kFullWarp, extras->below, lanes);
+    if constexpr (kExtras) {
+      extras->below += __shfl_xor_sync(kFullWarp, extras->below, lanes);
+      extras->beaten |= __shfl_xor_sync(kFullWarp, extras->beaten, lanes);
+    }
   }
-  if constexpr (kExtras) extras->beaten = __any_sync(kFullWarp, extras->beaten);
 }
 
 // Over the kGroup threads of a row, in every one of them. `turn` is another one in each row.
 template <int kGroup, bool kExtras, typename T>
 __device__ void reduce_group(int turn, Softmax<T>* softmax, RowExtras* extras) {
-  reduce_warp<kExtras>(softmax, extras);
+  reduce_lanes<kWarpSize, kExtras>(softmax, extras);
   if constexpr (kGroup > kWarpSize) {
     constexpr int kWarps = kGroup / kWarpSize, kValues = 4;
     // Two in turns: whoever is a row ahead does not overwrite what others have yet to read.
@@ -166,14 +170,13 @@ __device__ void reduce_group(int turn, Softmax<T>* softmax, RowExtras* extras) {
     if (lane == 0) {
       float* mine = values + warp * kValues;
       mine[0] = softmax->m, mine[1] = softmax->sum;
-      mine[2] = extras->below, mine[3] = static_cast<float>(extras->beaten);
+      if constexpr (kExtras) mine[2] = extras->below, mine[3] = static_cast<float>(extras->beaten);
     }
     __syncthreads();
     const float* of_lane = values + lane % kWarps * kValues;
-    const bool counts = lane < kWarps;
-    softmax->m = of_lane[0], softmax->sum = counts ? of_lane[1] : 0.f;
-    extras->below = counts ? of_lane[2] : 0.f, extras->beaten = of_lane[3] != 0;
-    reduce_warp<kExtras>(softmax, extras);
+    softmax->m = of_lane[0], softmax->sum = of_lane[1];
+    if constexpr (kExtras) extras->below = of_lane[2], extras->beaten = of_lane[3] != 0;
+    reduce_lanes<kWarps, kExtras>(softmax, extras);
   }
 }
 
@@ -247,30 +250,32 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   SHARED_ARRAY(double, of_group, 3 * kGroups);
   double* const sums = of_group + threadIdx.x / kGroup * 3;
   if (lane == 0) sums[0] = sums[1] = sums[2] = 0;
-  const int first_row = blockIdx.x * rows_per_block + threadIdx.x / kGroup;
-  const int turns = rows_per_block / kGroups;
-  // The first batch of a row, unless it is ignored or there is no such row.
-  auto ask_first = [&](int turn, uint4(&batch)[kBatch]) {
-    const int n = first_row + turn * kGroups;
-    if (turn >= turns || n >= rows || problem.index(n) == problem.ignore_index) return;
-    const T* x = problem.x + n * layout.row_stride(kInput);
+  const int block_row = blockIdx.x * rows_per_block;
+  const int end_row = rows - block_row < rows_per_block ? rows : block_row + rows_per_block;
+  const int64_t distance = layout.row_stride(kInput);
+  // Returns the row's target; its first batch is on its way then, unless the row is ignored.
+  auto ask_first = [&](int n, uint4(&batch)[kBatch]) {
+    if (n >= end_row) return problem.ignore_index;
+    const int64_t y = problem.index(n);
+    if (y == problem.ignore_index) return y;
+    const T* x = problem.x + n * distance;
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     load_batch<kGroup>(reinterpret_cast<const uint4*>(x + row.head), lane, row.vectors, batch);
+    return y;
   };
-  // Without gradients the next batch is always on its way while one is added up, also that of the
-  // next row.
+  auto gradient_row = [&](int n) { return output.grad + n * layout.row_stride(kGrad); };
   uint4 kept[kBatch];
-  if constexpr (!kWithGrad) ask_first(0, kept);
-  for (int turn = 0; turn < turns; ++turn) {
-    const int n = first_row + turn * kGroups;
-    if (n >= rows) break;  // the same for all threads of the row, and of the barriers
-    const TargetClass<float> target = problem.target_class(n);
-    const T* x = problem.x + n * layout.row_stride(kInput);
-    T* grad = kWithGrad ? output.grad + n * layout.row_stride(kGrad) : nullptr;
+  int64_t y = 0;
+  int n = block_row + threadIdx.x / kGroup;  // the same for all threads of a barrier
+  if constexpr (!kWithGrad) y = ask_first(n, kept);
+  for (; n < end_row; n += kGroups) {
+    if constexpr (kWithGrad) y = problem.index(n);
+    const TargetClass<float> target = problem.classify(y);
+    const T* x = problem.x + n * distance;
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     if (target.ignored) {  // without reading it
-      if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, grad);
-      if constexpr (!kWithGrad) ask_first(turn + 1, kept);
+      if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, gradient_row(n));
+      if constexpr (!kWithGrad) y = ask_first(n + kGroups, kept);
       if (lane == 0) {
         out.save_row(n, rows, 0.f, 0.f);
         if (out.each) out.set_loss(n, 0.f);
@@ -278,7 +283,8 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       continue;
     }
     const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
-    const int rest = lane + kBatch * kGroup;  // first vector of this thread that is not kept
+    // This thread's vectors that are not kept, from `rest` on; a warp to a row keeps all of them.
+    const int rest = lane + kBatch * kGroup, end = kGroup == kWarpSize ? 0 : row.vectors;
 
     // 1. Maximum and sum of exponentials.
     Softmax<T> softmax;
@@ -286,7 +292,8 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     uint4 batch[kWithGrad ? kTaken : kBatch];
     if constexpr (kWithGrad) {  // all that there is room for, before waiting for any of it
       load_batch<kGroup>(from, lane, row.vectors, kept);
-      for (int s = 0; s < output.stash && rest + s * kGroup < row.vectors; ++s)
+#pragma unroll 1
+      for (int s = 0; s < output.stash && rest + s * kGroup < end; ++s)
         copy_async(stash + s * kBlockThreads, from + rest + s * kGroup, false);
       copy_async_commit();
     }
@@ -294,10 +301,14 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     const int edge_class = row.class_of_edge(lane);
     const float edge = at_edge ? static_cast<float>(x[edge_class]) : -kInfinity<float>;
     extras.y = target.valid ? static_cast<int>(target.y) : -1;
-    if (target.valid) extras.x_y = static_cast<float>(x[extras.y]);
-    if constexpr (kExtras) extras.reference = reference_of(static_cast<float>(x[0]));
-    softmax.raise(edge);
-    if (at_edge) softmax.sum = exp_of<T>(edge - softmax.base());
+    T at_target = static_cast<T>(0.f);
+    if (target.valid) at_target = x[extras.y];
+    if constexpr (kExtras) {
+      extras.x_y = static_cast<float>(at_target);
+      extras.reference = reference_of(static_cast<float>(x[0]));
+    }
+    softmax.m = fmaxf(softmax.m, edge);
+    softmax.sum = exp_of<T>(edge - softmax.base());
     if (kExtras && at_edge) extras.add(edge, edge_class);
     // Vector `slot` and the following ones of those that are not kept.
     auto take = [&](int slot) {
@@ -309,28 +320,32 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       }
     };
     if constexpr (kWithGrad) {
-      add_batch<T, kGroup, kExtras>(kept, row, lane, &softmax, &extras);
+      add_batch<T, kGroup, kExtras, false>(kept, row, lane, &softmax, &extras);
       copy_async_wait<0>();
-      for (int slot = 0; rest + slot * kGroup < row.vectors; slot += kTaken) {
+      for (int slot = 0; rest + slot * kGroup < end; slot += kTaken) {
         take(slot);
-        add_batch<T, kGroup, kExtras>(batch, row, rest + slot * kGroup, &softmax, &extras);
+        add_batch<T, kGroup, kExtras, false>(batch, row, rest + slot * kGroup, &softmax, &extras);
       }
     } else {
-      int i = lane;
-      for (bool last = false; !last; i += kBatch * kGroup) {
-        last = i + kBatch * kGroup >= row.vectors;
-        if (last)
-          ask_first(turn + 1, batch);
+      // Two batches in turns: one is on its way while the other one is added up.
+      constexpr int kStep = kBatch * kGroup;
+      auto add_then_ask = [&](int done, uint4(&added)[kBatch], uint4(&asked)[kBatch]) {
+        const bool last = done + kStep >= row.vectors;
+        if (!last) load_batch<kGroup>(from, done + kStep + lane, row.vectors, asked);
+        if (FASTCLS_SM80 && done + kStep <= row.vectors)
+          add_batch<T, kGroup, kExtras, true>(added, row, done + lane, &softmax, &extras);
         else
-          load_batch<kGroup>(from, i + kBatch * kGroup, row.vectors, batch);
-        add_batch<T, kGroup, kExtras>(kept, row, i, &softmax, &extras);
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) kept[j] = batch[j];
-      }
+          add_batch<T, kGroup, kExtras, false>(added, row, done + lane, &softmax, &extras);
+        return last;
+      };
+      for (int done = 0;; done += 2 * kStep)
+        if (add_then_ask(done, kept, batch) || add_then_ask(done + kStep, batch, kept)) break;
+      y = ask_first(n + kGroups, kept);
     }
-    reduce_group<kGroup, kExtras>(turn, &softmax, &extras);
+    reduce_group<kGroup, kExtras>(n / kGroups, &softmax, &extras);
 
-    // 2. The row's loss.
+    // 2. The row's loss. Its target's logit is not waited for until here where it can be helped.
+    if constexpr (!kExtras) extras.x_y = static_cast<float>(at_target);
     const float log_sum = std::log(softmax.sum);
     if (lane == 0) {
       const float loss = row_loss(problem, target, softmax.m, log_sum, extras);
@@ -343,13 +358,14 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     // 3. Its gradient.
     if constexpr (kWithGrad) {
       const RowGradient<T> gradient(problem, target, softmax.m, log_sum, extras.x_y, scale);
+      T* grad = gradient_row(n);
       uint4* to = reinterpret_cast<uint4*>(grad + row.head);
       if (at_edge)
         grad[edge_class] =
             static_cast<T>(edge_class == extras.y ? gradient.of_target : gradient(edge));
       store_gradients<T, kGroup>(kept, row, lane, extras.y, gradient, to);
-      if (rest >= row.vectors) continue;
-      const int last = (row.vectors - rest - 1) / (kTaken * kGroup);
+      if (rest >= end) continue;
+      const int last = (end - rest - 1) / (kTaken * kGroup);
       for (int b = last; b >= 0; --b) {
         take(b * kTaken);
         store_gradients<T, kGroup>(batch, row, rest + b * kTaken * kGroup, extras.y, gradient, to);

@@ -137,6 +137,13 @@ MUTATIONS = {
         LOSS,
         "emulated and test_cuda_kernels_with_several_turns",
     ),
+    "second batch added up instead of the third": (
+        "cross_entropy_rows.h",
+        "add_then_ask(done + kStep, batch, kept)",
+        "add_then_ask(done + kStep, batch, batch)",
+        LOSS,
+        "emulated and test_cuda_kernels_with_several_turns and rows",
+    ),
     "counter that does not return to 0": (
         "cross_entropy_common.h",
         "atomicInc(out.counter, gridDim.x - 1) ==",

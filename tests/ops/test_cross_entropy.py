@@ -1149,7 +1149,7 @@ def test_cuda_kernels_of_long_rows(cuda_kernels, saved, shape, dtype):
     check_cuda_kernels(shape, "ignore", dtype, cuda_kernels)
 
 
-@pytest.mark.parametrize("shape", [(262150, 2), (8201, 33), (2050, 1040)], ids=str)
+@pytest.mark.parametrize("shape", [(262150, 2), (8201, 33), (2050, 1040), (4100, 2101)], ids=str)
 def test_cuda_kernels_with_several_turns_to_a_block(cuda_kernels, saved, shape):
     """More rows than there may be blocks, and more than one block to count the targets."""
     input, target = make_case(shape, "ignore", torch.bfloat16, cuda_kernels)
