@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kGradThreads, FASTCLS_SM80 ? 2 : 1)
 
   fill_positions(s, p, positions);
   input.fill_table(t, pixels);
-  source.fill_table(s, t, outputs, table);
+  fill_outputs(s, t, source.g, outputs, table);
   __syncthreads();
   GradColumns<kUnits> columns;
   constexpr bool kPairs = sizeof(T) == 2;
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kGradThreads, FASTCLS_SM80 ? 2 : 1)
     copy_async_wait<1>();
     __syncthreads();
     const int slot = (i - first) % 2;
-    if constexpr (Math::kArithmetic == Arithmetic::kTf32) {
+    if (Math::kArithmetic == Arithmetic::kTf32 && !p.config.fold) {
       round_patch<Math>(patches + slot * t.patch_bytes, t.patch_bytes);
       __syncthreads();
     }
