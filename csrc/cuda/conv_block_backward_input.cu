@@ -150,15 +150,15 @@ void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, cons
                           -t.weight.stride(3)};
   launch_gemm<Math, kTilesN, false>(
       launch, transposed(s), tile, grad_source<Math>(s, tile, t), weight, nullptr,
-      gemm_output<Element>(t.grad_input, Codes{nullptr, false}, s.C), t.input);
+      gemm_output<kTilesN, Element>(t.grad_input, Codes{nullptr, false}, s.C), t.input);
 }
 
 template <typename Math>
 void launch_backward_input(const Launcher& launch, const ConvBlockShape& s, const GemmPlan& plan,
                            const BackwardTensors& t) {
-  if constexpr (Layout<Math>::kMatrixUnit)
-    if (plan.config.columns == 64) return launch_backward_input<Math, 8>(launch, s, plan.tile, t);
-  launch_backward_input<Math, 4>(launch, s, plan.tile, t);
+  dispatch_columns<Math>(plan.config.columns, [&](auto tiles) {
+    launch_backward_input<Math, decltype(tiles)::value>(launch, s, plan.tile, t);
+  });
 }
 
 }  // namespace

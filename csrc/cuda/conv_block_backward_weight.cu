@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
 
   fill_positions(s, p, positions);
   input.fill_table(t, pixels);
-  source.fill_table(s, t, outputs, table);
+  fill_outputs(s, t, source.g, outputs, table);
   __syncthreads();
   GradColumns<kUnits> columns;
   constexpr bool kPairs = sizeof(T) == 2;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
     copy_async_wait<1>();
     __syncthreads();
     const int slot = (i - first) % 2;
-    if constexpr (Math::kArithmetic == Arithmetic::kTf32) {
+    if (Math::kArithmetic == Arithmetic::kTf32 && !p.config.fold) {
       round_patch<Math>(patches + slot * t.patch_bytes, t.patch_bytes);
       __syncthreads();
     }

@@ -18,19 +18,19 @@ void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmT
                           t.weight.stride(3)};
   launch_gemm<Math, kTilesN, kFold>(launch, s, tile, source, weight,
                                     t.bias ? t.bias->const_data_ptr() : nullptr,
-                                    gemm_output<Element>(t.out, t.codes, s.K), t.input);
+                                    gemm_output<kTilesN, Element>(t.out, t.codes, s.K), t.input);
 }
 
 template <typename Math>
 void launch_forward(const Launcher& launch, const ConvBlockShape& s, const GemmPlan& plan,
                     const ForwardTensors& t) {
-  const bool wide = plan.config.columns == 64;
-  if constexpr (Layout<Math>::kMatrixUnit) {
-    if (wide && plan.config.fold) return launch_forward<Math, 8, true>(launch, s, plan.tile, t);
-    if (wide) return launch_forward<Math, 8, false>(launch, s, plan.tile, t);
-  }
-  if (plan.config.fold) return launch_forward<Math, 4, true>(launch, s, plan.tile, t);
-  launch_forward<Math, 4, false>(launch, s, plan.tile, t);
+  dispatch_columns<Math>(plan.config.columns, [&](auto tiles) {
+    constexpr int kTilesN = decltype(tiles)::value;
+    if (plan.config.fold)
+      launch_forward<Math, kTilesN, true>(launch, s, plan.tile, t);
+    else
+      launch_forward<Math, kTilesN, false>(launch, s, plan.tile, t);
+  });
 }
 
 }  // namespace

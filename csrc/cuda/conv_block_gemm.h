@@ -15,6 +15,8 @@
 // of the matrix unit, kept by the float kernels too.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/conv_block_patch.h"
 #include "cuda/conv_block_store.h"
 
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kElementThreads)
   const int at = static_cast<int>(i % depth), row = static_cast<int>(i / depth % block_rows);
   const unsigned block = static_cast<unsigned>(i / depth / block_rows), chunks = t.chunks;
   const int64_t k =
-      static_cast<int64_t>(block / chunks) * kColumns + channel_of_column(row % kColumns);
+      static_cast<int64_t>(block / chunks) * kColumns + channel_of_column<kTilesN>(row % kColumns);
   const int tap = row / kColumns, kernel_w = static_cast<int>(s.kernel_w);
   const int y = kFold ? tap : tap / kernel_w, x = kFold ? at / t.channels : tap % kernel_w;
   const int channel = kFold ? at % t.channels : at;
@@ -98,45 +100,58 @@ constexpr bool registers_are_scarce() {
   return Math::kArithmetic == Arithmetic::kTf32x3 && kTilesN > 4;
 }
 
+// Where a thread's parts of fragments lie: rows from the patch's start on, columns from that of the
+// weights. load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right
+// 16 bytes.
+template <int kM>
+struct Places {
+  int rows[kM], columns, tap_offsets;
+};
+
+template <int kM>
+__device__ Places<kM> places_of(const GemmTile& t, const int* row_offsets) {
+  const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
+  Places<kM> places;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+    places.rows[m] = piece * 16 + row_offsets[(row_warp() * kM + m) * 16 + half * 8 + lane % 8];
+  places.columns = (piece * 8 + lane % 8) * t.weight_row_bytes + half * 16;
+  places.tap_offsets = half * t.taps;
+  return places;
+}
+
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
 // channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another:
 // two steps at a time, for more would take registers that before compute capability 9.0 are not
 // there. Where registers are scarce nothing overlaps.
 template <typename Math, int kTilesN, bool kFold, int kSteps>
-__device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
-                              const unsigned char* patch, const unsigned char* weights,
-                              const int* table, const int* row_offsets,
+__device__ void multiply_taps(const GemmTile& t, const unsigned char* patch,
+                              const unsigned char* weights, const int* table,
+                              const Places<2 * Layout<Math>::kGroups>& places,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   constexpr bool kScarce = registers_are_scarce<Math, kTilesN>();
-  constexpr int kM = 2 * Layout<Math>::kGroups,
-                kUnrolled = kSteps > 1 && (kTilesN > 4 || !kFold) ? 2 : 1;
-  // load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right 16
-  // bytes.
-  const int lane = threadIdx.x % kWarpSize, half = lane / 8 % 2, piece = lane / 16;
-  const int* const own_rows = row_offsets + row_warp() * kM * 16 + half * 8 + lane % 8;
-  SharedAddress rows[kM];
-#pragma unroll
-  for (int m = 0; m < kM; ++m) rows[m] = shared_address(patch) + piece * 16 + own_rows[m * 16];
-  const int* tap_offsets = table + half * t.taps;
-  SharedAddress b_row =
-      shared_address(weights) + (lane / 16 * 8 + lane % 8) * t.weight_row_bytes + half * 16;
-
+  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps < 2     ? 1
+                                                            : kTilesN == 2 ? kSteps
+                                                                           : 2;
+  const int lane = threadIdx.x % kWarpSize;
+  const int* const tap_offsets = table + places.tap_offsets;
+  const SharedAddress from = shared_address(patch);
+  SharedAddress b_row = shared_address(weights) + places.columns;
   const int pair_bytes = 16 * t.weight_row_bytes, steps = kSteps ? kSteps : t.depth_bytes / 32;
   // Beyond a run's end lie other pixels, whose NaN no weight of zero makes harmless.
-  const int run_words = static_cast<int>(s.kernel_w) * t.pixel_bytes % 32 / 4;
-  const bool cut_left = kFold && run_words > 0 && lane % 4 >= run_words;
-  const bool cut_right = kFold && run_words > 0 && lane % 4 + 4 >= run_words;
+  const bool cut_left = kFold && t.run_words > 0 && lane % 4 >= t.run_words;
+  const bool cut_right = kFold && t.run_words > 0 && lane % 4 + 4 >= t.run_words;
   int next = tap_offsets[0];
 #pragma unroll 1
   for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
-    const int offset = kScarce ? tap_offsets[tap] : next;
+    const SharedAddress offset = from + (kScarce ? tap_offsets[tap] : next);
     if (!kScarce) next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // all else waits for it
 #pragma unroll kUnrolled
     for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        load_matrices(a[m], rows[m] + offset + step * 32);
+        load_matrices(a[m], offset + places.rows[m] + step * 32);
         if (kFold && step == steps - 1) {
           if (cut_left) a[m][0] = a[m][1] = 0;
           if (cut_right) a[m][2] = a[m][3] = 0;
@@ -157,21 +172,23 @@ __device__ void multiply_taps(const ConvBlockShape& s, const GemmTile& t,
 }
 
 template <typename Math, int kTilesN, bool kFold>
-__device__ void multiply_matrices(const ConvBlockShape& s, const GemmTile& t,
-                                  const unsigned char* patch, const unsigned char* weights,
-                                  const int* table, const int* row_offsets,
+__device__ void multiply_matrices(const GemmTile& t, const unsigned char* patch,
+                                  const unsigned char* weights, const int* table,
+                                  const Places<2 * Layout<Math>::kGroups>& places,
                                   float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   if constexpr (registers_are_scarce<Math, kTilesN>())
-    return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, row_offsets, sums);
+    return multiply_taps<Math, kTilesN, kFold, 0>(t, patch, weights, table, places, sums);
+  // Runs of 3 to 11 pixels, or whole pixels of up to 64 half-precision channels.
+  constexpr int kMany = kFold ? 3 : 4;
   switch (t.depth_bytes) {
     case 32:
-      return multiply_taps<Math, kTilesN, kFold, 1>(s, t, patch, weights, table, row_offsets, sums);
+      return multiply_taps<Math, kTilesN, kFold, 1>(t, patch, weights, table, places, sums);
     case 64:
-      return multiply_taps<Math, kTilesN, kFold, 2>(s, t, patch, weights, table, row_offsets, sums);
-    case 128:
-      return multiply_taps<Math, kTilesN, kFold, 4>(s, t, patch, weights, table, row_offsets, sums);
+      return multiply_taps<Math, kTilesN, kFold, 2>(t, patch, weights, table, places, sums);
+    case 32 * kMany:
+      return multiply_taps<Math, kTilesN, kFold, kMany>(t, patch, weights, table, places, sums);
     default:
-      return multiply_taps<Math, kTilesN, kFold, 0>(s, t, patch, weights, table, row_offsets, sums);
+      return multiply_taps<Math, kTilesN, kFold, 0>(t, patch, weights, table, places, sums);
   }
 }
 
@@ -207,9 +224,9 @@ __device__ void multiply_tap(const GemmTile& t, const unsigned char* left,
 // end is cut. A tap of many channels is summed up on its own: with each product the error grows by
 // the last bit of the sum that it is added to.
 template <typename Math, int kTilesN, bool kFold>
-__device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
-                                const unsigned char* patch, const unsigned char* weights,
-                                const int* table, const int* row_offsets,
+__device__ void multiply_floats(const GemmTile& t, const unsigned char* patch,
+                                const unsigned char* weights, const int* table,
+                                const int* row_offsets,
                                 float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
   constexpr int kM = 2 * Layout<Math>::kGroups;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4;
@@ -242,11 +259,11 @@ __device__ void multiply_floats(const ConvBlockShape& s, const GemmTile& t,
 // third one.
 template <typename Math, int kTilesN, bool kFold>
 constexpr int gemm_blocks() {
-  return kFold && kTilesN == 4 && sizeof(typename Math::Element) == 2 ? 3 : 2;
+  return kFold && kTilesN <= 4 && sizeof(typename Math::Element) == 2 ? 3 : 2;
 }
 
 // Grid: x shares out the boxes, y the output channels. Shared memory: weights, two patches, the map
-// to pool, bias, tables of taps, rows and, for the input, the patch's pixels.
+// to pool, bias, tables of taps, rows, the box's outputs and, for the input, the patch's pixels.
 template <typename Math, int kTilesN, bool kFold, typename Source>
 __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTilesN, kFold>())
     gemm_kernel(ConvBlockShape s, GemmTile t, Source source, const unsigned char* packed,
@@ -256,37 +273,43 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
   DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared;
   unsigned char* const patches = weights + t.weight_bytes;
-  float* const map = reinterpret_cast<float*>(patches + 2 * t.patch_bytes);
   float* const first = reinterpret_cast<float*>(patches + 2 * t.patch_bytes + t.map_bytes);
-  int* const table = reinterpret_cast<int*>(first + kColumns);
-  int* const row_offsets = table + t.table_entries;
   constexpr int kRows = Layout<Math>::kConfig.rows();
+  int* const row_offsets = reinterpret_cast<int*>(first + kColumns);
+  int* const table = row_offsets + kRows;
   PatchEntry* const pixels =
-      reinterpret_cast<PatchEntry*>(shared + static_cast<int>(t.shared_bytes)) - t.pixels;
+      reinterpret_cast<PatchEntry*>(shared + static_cast<int>(t.shared_bytes)) - t.table_pixels;
+  OutputEntry* const outputs = reinterpret_cast<OutputEntry*>(pixels) - t.outputs;
   const int column0 = blockIdx.y * kColumns;
 
   // 1. What stays the same for all boxes.
   fill_table<kFold>(s, t, table);
   for (int row = threadIdx.x; row < kRows; row += blockDim.x)
     row_offsets[row] = row_offset<kFold>(s, t, row);
-  if constexpr (!Source::kRounded) {
-    source.fill_table(t, pixels);
-    __syncthreads();
-  }
+  fill_outputs(s, t, to.out, t.outputs, outputs);
+  if constexpr (!Source::kRounded) source.fill_table(t, pixels);
   for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
     first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
+  __syncthreads();
+  // Beside 64 columns of sums no registers are left for what stays the same.
+  constexpr bool kKeepPlaces = kTilesN <= 4;
+  Places<kM> places{};
+  if (kKeepPlaces) places = places_of<kM>(t, row_offsets);
 
   // 2. While one patch is multiplied the next is loaded; the first is only loaded: the code for it
-  // is long, and is there once. Weights of several chunks are on their way meanwhile; a single
-  // chunk's stay.
+  // is long, and is there once. Weights of several chunks are loaded anew; a single chunk's stay.
   const int boxes = static_cast<int>(t.boxes);
   int box_index = blockIdx.x, chunk = -1, slot = 1;  // nothing to multiply yet
   float sums[kM][kTilesN][4];
 #pragma unroll 1
   while (true) {
     const bool first_stage = box_index == static_cast<int>(blockIdx.x) && chunk == 0;
-    if (chunk < 0 || (t.chunks > 1 && !first_stage))
-      load_weights(t, packed, weights, chunk < 0 ? 0 : chunk);
+    if (chunk >= 0) {  // the patch is there, and all that was read before it is free
+      copy_async_wait<0>();
+      __syncthreads();
+    }
+    const bool reload = t.chunks > 1 && chunk >= 0 && !first_stage;
+    if (chunk < 0 || reload) load_weights(t, packed, weights, chunk < 0 ? 0 : chunk);
     copy_async_commit();
     const int next_chunk = chunk + 1 == t.chunks ? 0 : chunk + 1;
     const int step = chunk >= 0 && next_chunk == 0 ? static_cast<int>(gridDim.x) : 0;
@@ -304,35 +327,42 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
     copy_async_commit();
     if (chunk >= 0) {
       unsigned char* const patch = patches + slot * t.patch_bytes;
-      copy_async_wait<1>();
-      __syncthreads();
-      if constexpr (Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded) {
-        round_patch<Math>(patch, t.patch_bytes);
-        __syncthreads();
-      }
+      constexpr bool kRound = Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded && !kFold;
+      if constexpr (kRound) round_patch<Math>(patch, t.patch_bytes);
+      if (reload) copy_async_wait<1>();
+      if (kRound || reload) __syncthreads();
 
       // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
-      if (kFold || chunk == 0) start_sums(first + kRun * (threadIdx.x % 4), sums);
+      constexpr int kChannels = kRun<kTilesN>;
+      const int k0 = kChannels * static_cast<int>(threadIdx.x % 4);
+      if (kFold || chunk == 0) start_sums(first + k0, sums);
       const int rows_used = static_cast<int>(t.units) * (t.pooling == Pooling::kWindow ? 4 : 1);
       if (row_warp() * Layout<Math>::kGroups * 32 < rows_used) {
-        if constexpr (!Layout<Math>::kMatrixUnit)
-          multiply_floats<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
-        else
-          multiply_matrices<Math, kTilesN, kFold>(s, t, patch, weights, table, row_offsets, sums);
+        if constexpr (!Layout<Math>::kMatrixUnit) {
+          multiply_floats<Math, kTilesN, kFold>(t, patch, weights, table, row_offsets, sums);
+        } else {
+          if (!kKeepPlaces) places = places_of<kM>(t, row_offsets);
+          multiply_matrices<Math, kTilesN, kFold>(t, patch, weights, table, places, sums);
+        }
       }
 
       // 4. The outputs of the box.
       if (kFold || chunk == t.chunks - 1) {
+        constexpr int kGroups = Layout<Math>::kGroups;
         const Box box = box_at(s, t, box_index);
-        const int k0 = column0 + kRun * static_cast<int>(threadIdx.x % 4);
-        if (Source::kRounded || t.pooling == Pooling::kNone)  // dX has no pool
-          store_outputs<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
-        else if (kTilesN > 4 || t.pooling == Pooling::kWindow)  // see gemm_plan
-          store_windows<Layout<Math>::kGroups, kTilesN>(s, t, to, box, k0, sums);
-        else
-          store_pooled<Layout<Math>::kGroups, kTilesN>(s, t, to, box, column0, map, sums);
+        if (Source::kRounded || t.pooling == Pooling::kNone) {  // dX has no pool
+          const BoxOutputs<typename Math::Element> to_box(s, to, box, column0 + k0);
+          store_outputs<kGroups, kTilesN>(s, t, to, to_box, outputs, sums);
+        } else if (t.pooling == Pooling::kWindow) {
+          const BoxOutputs<typename Math::Element> to_box(s, to, box, column0 + k0);
+          store_windows<kGroups, kTilesN>(s, t, to, box, to_box, outputs, sums);
+        } else {
+          float* const map =
+              reinterpret_cast<float*>(t.map_bytes ? patches + 2 * t.patch_bytes : patch);
+          const BoxOutputs<typename Math::Element> to_box(s, to, box, column0);
+          store_pooled<kGroups, kTilesN>(s, t, to, box, to_box, outputs, map, sums);
+        }
       }
-      __syncthreads();  // patch and weights are free, and the map
     }
     if (next_index >= boxes) break;
     box_index = next_index, chunk = next_chunk, slot ^= 1;
@@ -341,6 +371,15 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
 }
 
 // ---- launching
+
+// Calls f(std::integral_constant of kTilesN) for this number of columns: see gemm_plan.
+template <typename Math, typename F>
+void dispatch_columns(int columns, const F& f) {
+  if (columns == 16) return f(std::integral_constant<int, 2>{});
+  if constexpr (Layout<Math>::kMatrixUnit)
+    if (columns == 64) return f(std::integral_constant<int, 8>{});
+  f(std::integral_constant<int, 4>{});
+}
 
 // Packs the weights, then persistent blocks: as many as a multiprocessor has room for. The packed
 // weights lie where `like` does.
@@ -366,11 +405,13 @@ void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile
                      GemmValues{bias, weight.values.wide}, to);
 }
 
-template <typename T>
+template <int kTilesN, typename T>
 GemmOutput<T> gemm_output(const Tensor& out, const Codes& codes, int64_t channels) {
+  constexpr int64_t kChannels = kRun<kTilesN>, kVector = Vector<T>::kSize;
   const auto view = mutable_view<T>(out);
   return {narrowed(view), static_cast<uint8_t*>(codes.data),
-          channels % kRun == 0 && channels_are_vectors(view, channels)};
+          channels % kChannels == 0 &&
+              channels_are_vectors(view, channels, std::min(kChannels, kVector))};
 }
 
 }  // namespace fastcls::cuda

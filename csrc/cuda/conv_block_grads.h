@@ -78,29 +78,12 @@ __device__ inline void fill_positions(const ConvBlockShape& s, const WeightGradP
 
 // ---- pooled gradients and codes in shared memory, [outputs of the box, 32 channels]
 
-// An output of the box: elements from the box's first output to its gradients, codes to its codes,
-// and how far from the first it is. The same for all boxes.
-struct alignas(kPatchEntryBytes) OutputEntry {
-  int grad, code, y_x, image;  // image -1: there is none
-};
-
 template <typename T>
 struct PooledGradSource {
   NarrowView<const T> g;  // pooled gradient [N, K, out_h, out_w]
   Codes codes;
   bool vectors, code_vectors;  // channels lie in aligned 16-byte vectors
   bool channels_inner;
-
-  __device__ void fill_table(const ConvBlockShape& s, const GemmTile& t, int outputs,
-                             OutputEntry* table) const {
-    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-      const Unit u = unit_at(t, i);
-      const int row = u.image * static_cast<int>(s.out_h) + u.y;
-      const int code = (row * static_cast<int>(s.out_w) + u.x) * static_cast<int>(s.K);
-      table[i] = {u.image * g.n + u.y * g.h + u.x * g.w, code, u.x << 16 | u.y,
-                  i < t.units ? u.image : -1};
-    }
-  }
 
   __device__ void load_grads(const ConvBlockShape& s, const Box& box, int k0, int outputs,
                              const OutputEntry* table, unsigned char* to) const {
@@ -116,7 +99,7 @@ struct PooledGradSource {
       const int k = k0 + vector * kSize;
       const bool inside = exists(s, box, output) && k < static_cast<int>(s.K);
       const T* const from =
-          g.data + (inside ? origin + output.grad + static_cast<int64_t>(k) * g.c : 0);
+          g.data + (inside ? origin + output.to + static_cast<int64_t>(k) * g.c : 0);
       unsigned char* const at = to + unit * kGradRow<T> + vector * 16;
       if (vectors) {
         copy_async(at, from, !inside);
@@ -156,8 +139,8 @@ struct PooledGradSource {
   __device__ static bool exists(const ConvBlockShape& s, const Box& box,
                                 const OutputEntry& output) {
     return output.image >= 0 && box.n + output.image < static_cast<int>(s.N) &&
-           box.out_h + (output.y_x & 0xffff) < static_cast<int>(s.out_h) &&
-           box.out_w + (output.y_x >> 16) < static_cast<int>(s.out_w);
+           box.out_h + output.y() < static_cast<int>(s.out_h) &&
+           box.out_w + output.x() < static_cast<int>(s.out_w);
   }
 };
 

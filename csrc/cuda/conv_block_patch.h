@@ -15,10 +15,10 @@ using torch::headeronly::Half;
 
 // ---- arithmetic
 
-// 16 bytes of channels.
-template <typename Element>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(Element);
+// Channels side by side, 16 bytes of them.
+template <typename Element, int kCount = 16 / sizeof(Element)>
+struct alignas(kCount * sizeof(Element)) Vector {
+  static constexpr int kSize = kCount;
   Element e[kSize];
 };
 
@@ -248,11 +248,32 @@ __device__ inline PatchEntry patch_entry(const GemmTile& t, unsigned i) {
   return {0, image * t.image_bytes + y * t.row_bytes + column, x << 16 | y, image};
 }
 
+// An output of the box: elements from the box's first output to it, codes to its codes, and how far
+// from the first it is. The same for all boxes.
+struct alignas(kPatchEntryBytes) OutputEntry {
+  int to, code, y_x, image;  // image -1: there is none
+  __device__ int y() const { return y_x & 0xffff; }
+  __device__ int x() const { return y_x >> 16; }
+};
+
+// Of the box's outputs in their order; `entries` may be more than there are.
+template <typename T>
+__device__ void fill_outputs(const ConvBlockShape& s, const GemmTile& t, const NarrowView<T>& view,
+                             int entries, OutputEntry* table) {
+  for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+    const int x = i % t.box_w, y = i / t.box_w % t.box_h, image = i / t.box_w / t.box_h;
+    const int row = image * static_cast<int>(s.out_h) + y;
+    const int code = (row * static_cast<int>(s.out_w) + x) * static_cast<int>(s.K);
+    table[i] = {image * view.n + y * view.h + x * view.w, code, x << 16 | y,
+                i < t.outputs ? image : -1};
+  }
+}
+
 // Does the pixel lie in a tensor [N, ., H, W], and not in its padding?
 __device__ inline bool is_inside(const ConvBlockShape& s, const Box& box, const PatchEntry& pixel) {
-  return static_cast<unsigned>(box.h + pixel.y()) < static_cast<unsigned>(s.H) &&
-         static_cast<unsigned>(box.w + pixel.x()) < static_cast<unsigned>(s.W) &&
-         box.n + pixel.image < static_cast<int>(s.N);
+  return (static_cast<unsigned>(box.h + pixel.y()) < static_cast<unsigned>(s.H)) &
+         (static_cast<unsigned>(box.w + pixel.x()) < static_cast<unsigned>(s.W)) &
+         (box.n + pixel.image < static_cast<int>(s.N));  // no branches
 }
 
 // The 16 bytes of channels that are item `i` of the patch: neighbouring threads take what lies side
@@ -278,11 +299,7 @@ struct InputSource {
   bool async;                   // channels lie in aligned 16-byte vectors
 
   __device__ void fill_table(const GemmTile& t, PatchEntry* table) const {
-    for (unsigned i = threadIdx.x; i < static_cast<unsigned>(t.pixels); i += blockDim.x) {
-      PatchEntry pixel = patch_entry(t, i);
-      pixel.from = pixel.image * x.n + pixel.y() * x.h + pixel.x() * x.w;
-      table[i] = pixel;
-    }
+    for (int i = threadIdx.x; i < t.table_pixels; i += blockDim.x) table[i] = entry(t, i);
   }
 
   __device__ void load_patch(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
@@ -302,13 +319,30 @@ struct InputSource {
 
   __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
                               unsigned char* patch, const Box& box) const {
-    if (t.channels == 4)
-      load_folded<4>(s, t, table, patch, box);
+    if (t.channels == 8)
+      load_folded<8, 8>(s, t, table, patch, box);
+    else if (s.C == 1)
+      load_folded<4, 1>(s, t, table, patch, box);
     else
-      load_folded<8>(s, t, table, patch, box);
+      load_folded<4, 4>(s, t, table, patch, box);
   }
 
  private:
+  __device__ static Element operand(Element e) {
+    if constexpr (sizeof(Element) == 2) return e;
+    return Math::rounded(e);
+  }
+
+  __device__ PatchEntry entry(const GemmTile& t, unsigned i) const {
+    PatchEntry pixel = patch_entry(t, i);
+    pixel.from = pixel.image * x.n + pixel.y() * x.h + pixel.x() * x.w;
+    return pixel;
+  }
+
+  __device__ PatchEntry pixel_at(const GemmTile& t, const PatchEntry* table, unsigned i) const {
+    return t.table_pixels ? table[i] : entry(t, i);
+  }
+
   __device__ int64_t first_pixel(const Box& box) const {
     const int64_t image = multiply_add_wide(box.n, x.n, 0);
     return multiply_add_wide(box.w, x.w, multiply_add_wide(box.h, x.h, image));
@@ -325,17 +359,19 @@ struct InputSource {
     *reinterpret_cast<Vector<Element>*>(to) = v;
   }
 
-  // A folded patch of kChannels to a pixel, several pixels at a time, for their channels have to
-  // pass through registers.
-  template <int kChannels>
+  // A folded patch of kChannels to a pixel, of which up to kRead are there, several pixels at a
+  // time, for their channels have to pass through registers, where they are rounded.
+  template <int kChannels, int kRead>
   __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
                               unsigned char* patch, const Box& box) const {
     constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes <= 16 ? 2 : 1;
     struct alignas(kBytes < 16 ? kBytes : 16) Pixel {
       Element e[kChannels];
     };
-    const int64_t origin = first_pixel(box);
+    const int64_t origin = first_pixel(box) * static_cast<int64_t>(sizeof(Element));
+    const char* const data = reinterpret_cast<const char*>(x.data);
     const unsigned pixels = t.pixels;
+    const int channels = static_cast<int>(s.C);
 #pragma unroll 1
     for (unsigned first = threadIdx.x; first < pixels; first += kAtOnce * blockDim.x) {
       Pixel values[kAtOnce];
@@ -343,14 +379,16 @@ struct InputSource {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const unsigned item = first + i * blockDim.x;
-        const PatchEntry pixel = table[item < pixels ? item : 0];
+        const PatchEntry pixel = pixel_at(t, table, item < pixels ? item : 0);
         const bool inside = is_inside(s, box, pixel);
-        const Element* const from = x.data + (inside ? origin + pixel.from : 0);
+        const auto* from = reinterpret_cast<const Element*>(
+            data + multiply_add_wide(pixel.from, sizeof(Element), origin));
         to[i] = pixel.to;
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c)
-          values[i].e[c] =
-              inside && c < s.C ? from[static_cast<int64_t>(c) * x.c] : Math::rounded(0.0f);
+        for (int c = 0; c < kChannels; ++c, from += x.c)
+          values[i].e[c] = c < kRead && inside && (kRead == 1 || c < channels)
+                               ? operand(*from)
+                               : Math::rounded(0.0f);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -358,20 +396,19 @@ struct InputSource {
         *reinterpret_cast<Pixel*>(patch + to[i]) = values[i];
         // Column x starts the run x - 1 of the other copy. That of column 0 is where nobody reads:
         // the last one of the row before, or the room between the copies.
-        if (kBytes == 8)
+        if (kBytes == 8 && t.copy_bytes)
           *reinterpret_cast<Pixel*>(patch + t.copy_bytes + to[i] - kBytes) = values[i];
       }
     }
   }
 };
 
-// A tensor whose channels lie in aligned 16-byte vectors.
+// A tensor whose channels lie in aligned vectors of `size`.
 template <typename T>
-bool channels_are_vectors(const View4<T>& v, int64_t channels) {
-  constexpr int64_t kVector = Vector<T>::kSize;
-  const bool whole = v.n % kVector == 0 && v.h % kVector == 0 && v.w % kVector == 0;
-  return v.c == 1 && whole && channels % kVector == 0 &&
-         reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+bool channels_are_vectors(const View4<T>& v, int64_t channels, int64_t size = Vector<T>::kSize) {
+  const bool whole = v.n % size == 0 && v.h % size == 0 && v.w % size == 0;
+  return v.c == 1 && whole && channels % size == 0 &&
+         reinterpret_cast<uintptr_t>(v.data) % (size * sizeof(T)) == 0;
 }
 
 template <typename Math>

@@ -99,8 +99,9 @@ constexpr GemmConfig gemm_config(Arithmetic a, bool fold, int columns) {
   return {bytes, matrix_unit, fold, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false, true};
 }
 
-// One pixel of the patch, or one output of a box: where it lies, in shared memory's table.
-constexpr int64_t kPatchEntryBytes = 16;
+// One pixel of the patch, or one output of a box: where it lies, in shared memory's table. A larger
+// patch of few channels has none in the forward pass: it would take as much memory as the patch.
+constexpr int64_t kPatchEntryBytes = 16, kMostTablePixels = 1024;
 
 // How the rows of the product are numbered. 32 rows are one output each; or the 4 positions of 8
 // windows of 2 x 2, so that one thread holds a window's positions in registers; or the positions of
@@ -122,7 +123,8 @@ constexpr Pooling pooling_of(const ConvBlockShape& s) {
 // With `fold` a pixel has 4 or 8 channels, padded, and nothing between it and the next, so that all
 // pixels under a row of the kernel are one run of the sum: its taps are the kernel's rows. Where a
 // pixel takes 8 bytes, half of what the matrix unit loads at a time, there are two copies of the
-// patch: column x starts an aligned run in the copy x % 2.
+// patch: column x starts an aligned run in the copy x % 2. Strides of an even number of columns
+// need the first copy alone.
 struct GemmTile {
   Pooling pooling;
   int images, box_h, box_w;
@@ -136,10 +138,13 @@ struct GemmTile {
   int pixel_bytes, row_bytes, image_bytes;
   int copy_bytes, patch_bytes;  // from one copy to the other (0: there is one); of all
   int step_h, step_w;           // between neighbouring units, in the input
-  int weight_row_bytes, map_bytes;
+  int run_words;                // of a run's last 32 bytes, 0: all of them
+  int weight_row_bytes;
+  int map_bytes;  // 0: the map lies where the patch was
   int64_t weight_bytes, table_entries;
-  int pixels;    // of the patch
-  int64_t work;  // see gemm_tile
+  int pixels, table_pixels;  // of the patch; in the table, all or none
+  int outputs;               // of a box
+  int64_t work;              // see gemm_tile
   int64_t shared_bytes;
   Divider by_boxes_w, by_boxes_h, by_unit_w, by_unit_h, by_patch_w, by_patch_h, by_pixels,
       by_interleave, by_vectors;
@@ -161,6 +166,9 @@ constexpr int64_t grad_step_units(const ConvBlockShape& s) { return s.window() =
 // in different banks.
 constexpr int grad_row_bytes(int element_bytes) { return kGradChannels * element_bytes + 32; }
 constexpr int kGradCodeBytes = kGradChannels + 16;
+
+// Columns of the map that are pooled at a time.
+constexpr int64_t kMapColumns = 32;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -203,21 +211,28 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   t.image_bytes = t.patch_h * t.row_bytes;
   const int64_t one_copy = round_up(images * t.patch_h * t.row_bytes, 16);
   // 64 bytes from a multiple of all banks' 128: 4 runs of each copy lie in different banks.
-  if (t.pixel_bytes == 8) t.copy_bytes = round_up(one_copy, 128) + 64;
+  if (t.pixel_bytes == 8 && s.stride_w % 2 != 0) t.copy_bytes = round_up(one_copy, 128) + 64;
   const int64_t patch_bytes = t.copy_bytes + one_copy;
   t.patch_bytes = patch_bytes;
 
+  t.run_words = c.fold ? s.kernel_w * t.pixel_bytes % 32 / 4 : 0;
   t.weight_row_bytes = t.depth_bytes + 16;
   t.weight_bytes = int64_t{c.columns} * t.taps * t.weight_row_bytes;
-  const int64_t map_row_bytes =
-      4 * (c.columns + 1);  // an odd number of words: a column's rows in other banks
+  // An odd number of words: a column's rows in other banks.
+  const int64_t map_row_bytes = 4 * (std::min<int64_t>(c.columns, kMapColumns) + 1);
   const int64_t map_rows = round_up(t.units, 32 * c.groups);  // of warps that have any
-  t.map_bytes = positions ? round_up(map_rows * map_row_bytes, 16) : 0;
+  const int64_t map_bytes = positions ? round_up(map_rows * map_row_bytes, 16) : 0;
+  t.map_bytes = map_bytes > patch_bytes ? map_bytes : 0;
   t.table_entries = 2 * t.taps;
   t.pixels = images * t.patch_h * t.patch_w;
-  const int64_t pixel_table = c.pixel_table ? kPatchEntryBytes * t.pixels : 0;
+  const bool has_table =
+      c.pixel_table && (!c.fold || c.weight_grad || t.pixels <= kMostTablePixels);
+  t.table_pixels = has_table ? t.pixels : 0;
+  t.outputs = images * box_h * box_w;
+  const int64_t pixel_table = kPatchEntryBytes * t.table_pixels;
   t.shared_bytes = t.weight_bytes + 2 * patch_bytes + t.map_bytes +
-                   round_up(4 * (t.table_entries + c.columns + c.rows()), 16) + pixel_table;
+                   round_up(4 * (t.table_entries + c.columns + c.rows()), 16) + pixel_table +
+                   kPatchEntryBytes * t.outputs;
   if (c.weight_grad) {
     const int64_t units = round_up(t.units, grad_step_units(s));
     t.table_entries = kGradStep * units / grad_step_units(s) * grad_window_steps(s);
@@ -248,12 +263,14 @@ constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig&
     if (t.shared_bytes > max_shared) return false;
     if (c.weight_grad)
       return t.table_entries <= c.rows() && grad_units(t, c) <= kGradUnits * c.warps;
-    return t.units <= (t.pooling == Pooling::kWindow ? c.rows() / 4 : c.rows());
+    return t.units <= (t.pooling == Pooling::kWindow ? c.rows() / 4 : c.rows()) &&
+           t.images * s.K * s.out_h * s.out_w <= std::numeric_limits<int32_t>::max();
   };
   int64_t box_h = std::min<int64_t>(s.out_h, c.rows() / box_w);
   while (box_h > 0 && !fits(gemm_tile_of(s, c, channels, 1, box_h, box_w))) --box_h;
   if (box_h <= 0) return {};
-  box_h = ceil_div(s.out_h, ceil_div(s.out_h, box_h));  // boxes of equal height
+  const int64_t equal = ceil_div(s.out_h, ceil_div(s.out_h, box_h));
+  if (fits(gemm_tile_of(s, c, channels, 1, equal, box_w))) box_h = equal;
   int64_t images = 1;
   if (box_h == s.out_h && box_w == s.out_w) {
     images = std::max<int64_t>(1, std::min<int64_t>(most_images, c.rows() / (box_h * box_w)));
@@ -342,7 +359,7 @@ struct GemmPlan {
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
 // for: with 160 KiB and more, two blocks on a multiprocessor are tried as well as one with all the
 // memory, which does three quarters of what two do in the same time. 64 columns, for more than 32
-// channels, take 1.4 times as long as 32.
+// channels, take 1.4 times as long as 32; 16 serve up to 16 channels.
 constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, bool pixel_table,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
@@ -350,11 +367,9 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
   GemmPlan best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int blocks : {2, 1})
-    for (int columns : {64, 32}) {
+    for (int columns : {64, s.K <= 16 ? 16 : 32}) {
       if (blocks == 2 && max_shared < kForTwo) continue;
-      if (columns == 64 &&
-          (s.K <= 32 || a == Arithmetic::kFloat || pooling_of(s) == Pooling::kShared))
-        continue;
+      if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
       GemmConfig c = gemm_config(a, fold, columns);
       c.pixel_table = pixel_table;
       const int64_t column_blocks = ceil_div(s.K, columns);
