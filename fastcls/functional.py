@@ -86,7 +86,9 @@ def conv_block(
 
     Under autocast the op runs in the autocast dtype of the input's device; a float32 weight is
     read without a cast copy. On CUDA a float32 product rounds its operands to tf32 where
-    ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", PyTorch's default for convolutions.
+    ``torch.backends.cudnn.conv.fp32_precision`` says "tf32", PyTorch's default for convolutions;
+    elsewhere it is as exact as float32, but NaN may stand where a product of finite floats is
+    infinite.
 
     Returns:
         (N, K, out_h, out_w), or (K, out_h, out_w): input's dtype and memory format. An input of one

@@ -19,11 +19,11 @@ namespace fastcls::cuda {
 namespace {
 
 constexpr int kGradThreads = 8 * kWarpSize;
-constexpr int kGradFragments = kGradChannels / 16;
-constexpr int kFewGradUnits = 6;  // of a 3 x 3 kernel over a folded patch
+constexpr int kGradFragments = kGradChannels / 16;  // or 1, of up to 16 channels
+constexpr int kFewGradUnits = 6;                    // of a 3 x 3 kernel over a folded patch
 // As in conv_block_gemm.h, of a warp's units.
-template <int kUnits>
-using GradSums = float[kGradFragments][kUnits][4];
+template <int kM, int kUnits>
+using GradSums = float[kM][kUnits][4];
 
 // ---- a thread's gradients: of channels 2 g and 2 g + 1 at output t
 
@@ -89,15 +89,15 @@ __device__ void for_outputs(const GradStep& at, int fragment, int first, const U
   }
 }
 
-template <typename Math, int kPlaces, int kUnits>
+template <typename Math, int kPlaces, int kM, int kUnits>
 __device__ void multiply_halves(const GradStep& at, int place, bool first_of_window,
-                                const GradColumns<kUnits>& columns,
-                                float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
+                                const GradColumns<kUnits>& columns, float (&bias)[kM][2],
+                                GradSums<kM, kUnits>& sums) {
   using T = typename Math::Element;
   const int lane = threadIdx.x % kWarpSize;
-  uint32_t a[kGradFragments][4] = {};
+  uint32_t a[kM][4] = {};
 #pragma unroll
-  for (int m = 0; m < kGradFragments; ++m)
+  for (int m = 0; m < kM; ++m)
     for_outputs<T, kPlaces, 4>(at, m, 0, [&](const GradPair<T>& grad, uint16_t codes, int j) {
       if (first_of_window) add_bias_grads(grad, codes, bias[m]);
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ void multiply_halves(const GradStep& at, int place, bool first_of_win
     uint32_t b[4];
     load_matrices_transposed(b, row + columns.offset[j / 2]);
 #pragma unroll
-    for (int m = 0; m < kGradFragments; ++m) {
+    for (int m = 0; m < kM; ++m) {
       Math::multiply(sums[m][j], a[m], b[0], b[1]);
       if (j + 1 < kUnits) Math::multiply(sums[m][j + 1], a[m], b[2], b[3]);
     }
@@ -126,17 +126,17 @@ __device__ void multiply_halves(const GradStep& at, int place, bool first_of_win
 
 // Of tf32, two products: of places or outputs 0 and 1, 2 and 3, the first of them in the first
 // word.
-template <typename Math, int kPlaces, int kUnits>
+template <typename Math, int kPlaces, int kM, int kUnits>
 __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_window,
-                              const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
-                              GradSums<kUnits>& sums) {
+                              const GradColumns<kUnits>& columns, float (&bias)[kM][2],
+                              GradSums<kM, kUnits>& sums) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll 1  // registers are scarce
   for (int first = 0; first < 4; first += 2) {
     const bool add_bias = first_of_window && (kPlaces == 1 || first == 0);
-    uint32_t a[kGradFragments][4] = {};
+    uint32_t a[kM][4] = {};
 #pragma unroll
-    for (int m = 0; m < kGradFragments; ++m)
+    for (int m = 0; m < kM; ++m)
       for_outputs<float, kPlaces, 2>(
           at, m, first, [&](const GradPair<float>& grad, uint16_t codes, int output) {
             if (add_bias) add_bias_grads(grad, codes, bias[m]);
@@ -157,24 +157,24 @@ __device__ void multiply_tf32(const GradStep& at, int place, bool first_of_windo
       const uint32_t b0 = *reinterpret_cast<const uint32_t*>(left + columns.offset[j]);
       const uint32_t b1 = *reinterpret_cast<const uint32_t*>(right + columns.offset[j]);
 #pragma unroll
-      for (int m = 0; m < kGradFragments; ++m) Math::multiply(sums[m][j], a[m], b0, b1);
+      for (int m = 0; m < kM; ++m) Math::multiply(sums[m][j], a[m], b0, b1);
     }
   }
 }
 
 // With multiply-adds a thread's sums are of rows g and g + 8 and of columns 2 t and 2 t + 1, so
 // that it goes over all 16 positions of the step; `at` is that of output 0.
-template <int kPlaces, int kUnits>
+template <int kPlaces, int kM, int kUnits>
 __device__ void multiply_floats(const GradStep& at, int place, bool first_of_window,
-                                const GradColumns<kUnits>& columns,
-                                float (&bias)[kGradFragments][2], GradSums<kUnits>& sums) {
+                                const GradColumns<kUnits>& columns, float (&bias)[kM][2],
+                                GradSums<kM, kUnits>& sums) {
   const int t = threadIdx.x % 4;
 #pragma unroll 1
   for (int output = 0; output < (kPlaces > 1 ? 4 : kGradStep); ++output) {
-    GradPair<float> grad[kGradFragments];
-    uint16_t codes[kGradFragments];
+    GradPair<float> grad[kM];
+    uint16_t codes[kM];
 #pragma unroll
-    for (int m = 0; m < kGradFragments; ++m) {
+    for (int m = 0; m < kM; ++m) {
       grad[m] = load_pair<float>(at, output, m);
       codes[m] = load_codes(at, output, m);
       if (first_of_window && output % 4 == t) add_bias_grads(grad[m], codes[m], bias[m]);
@@ -183,9 +183,9 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
     for (int j = 0; j < (kPlaces > 1 ? 4 : 1); ++j) {
       const int lane = output % 4, nth = kPlaces > 1 ? j : output / 4;
       const int position = at.positions[nth / 2 * 8 + 2 * lane + nth % 2];
-      float a[kGradFragments][2];
+      float a[kM][2];
 #pragma unroll
-      for (int m = 0; m < kGradFragments; ++m)
+      for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           a[m][h] = code_of(codes[m], h) == (kPlaces > 1 ? place + j : 0) ? grad[m].e[h] : 0.0f;
@@ -199,7 +199,7 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
 #pragma unroll
         for (int e = 0; e < 2; ++e)
 #pragma unroll
-          for (int m = 0; m < kGradFragments; ++m)
+          for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) sums[m][u][2 * h + e] += a[m][h] * b.e[e];
       }
@@ -207,26 +207,26 @@ __device__ void multiply_floats(const GradStep& at, int place, bool first_of_win
   }
 }
 
-template <typename Math, int kPlaces, int kUnits>
+template <typename Math, int kPlaces, int kM, int kUnits>
 __device__ void multiply_step(const GradStep& at, int place, bool first_of_window,
-                              const GradColumns<kUnits>& columns, float (&bias)[kGradFragments][2],
-                              GradSums<kUnits>& sums) {
+                              const GradColumns<kUnits>& columns, float (&bias)[kM][2],
+                              GradSums<kM, kUnits>& sums) {
   if constexpr (!Layout<Math>::kMatrixUnit)
-    multiply_floats<kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_floats<kPlaces>(at, place, first_of_window, columns, bias, sums);
   else if constexpr (sizeof(typename Math::Element) == 2)
-    multiply_halves<Math, kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_halves<Math, kPlaces>(at, place, first_of_window, columns, bias, sums);
   else
-    multiply_tf32<Math, kPlaces, kUnits>(at, place, first_of_window, columns, bias, sums);
+    multiply_tf32<Math, kPlaces>(at, place, first_of_window, columns, bias, sums);
 }
 
 // ---- adding up
 
 // The sums of the warps that took turns, in the first of them; `room` has a place for each thread
 // of warps_n warps.
-template <int kUnits>
+template <int kM, int kUnits>
 __device__ void add_up_warps(const WeightGradPlan& p, int warp_k, int warp_n, float* room,
-                             GradSums<kUnits>& sums) {
-  constexpr int kEach = kGradFragments * kUnits * 4;
+                             GradSums<kM, kUnits>& sums) {
+  constexpr int kEach = kM * kUnits * 4;
   float* const own = room + warp_n * kEach * kWarpSize + threadIdx.x % kWarpSize;
   for (int turn = 1; turn < p.warps_k; ++turn) {
     __syncthreads();
@@ -244,13 +244,14 @@ __device__ void add_up_warps(const WeightGradPlan& p, int warp_k, int warp_n, fl
 }
 
 // The block's part of db, from the sums of the threads of warps with the first units.
-__device__ inline void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p, int warp_k,
-                                       int warp_n, int k0, const float (&bias)[kGradFragments][2],
-                                       float* room, float* to, int64_t elements) {
+template <int kM>
+__device__ void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p, int warp_k,
+                                int warp_n, int k0, const float (&bias)[kM][2], float* room,
+                                float* to, int64_t elements) {
   const int lane = threadIdx.x % kWarpSize;
   __syncthreads();
   if (warp_n == 0)
-    for (int m = 0; m < kGradFragments; ++m)
+    for (int m = 0; m < kM; ++m)
       for (int h = 0; h < 2; ++h)
         room[(warp_k * 4 + lane % 4) * kGradChannels + m * 16 + lane / 4 * 2 + h] = bias[m][h];
   __syncthreads();
@@ -271,10 +272,11 @@ constexpr int grad_blocks() {
 }
 
 // Windows of 1, up to 4 or up to kPlaces positions. Grid: x has the parts of the boxes, y the
-// output channels, 32 at a time, and the chunks of input channels. partial [parts, K, taps x C +
-// 1]. Shared memory: two patches, gradients and codes of two boxes, positions, tables of the
-// patch's pixels and the box's outputs; at the end room to add up.
-template <typename Math, int kPlaces, int kUnits>
+// output channels, 32 at a time, and the chunks of input channels; kM fragments of the channels are
+// multiplied. partial [parts, K, taps x C + 1]. Shared memory: two patches, gradients and codes of
+// two boxes, positions, tables of the patch's pixels and the box's outputs; at the end room to add
+// up.
+template <typename Math, int kPlaces, int kM, int kUnits>
 __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnits>())
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
                        PooledGradSource<typename Math::Element> source, float* partial) {
@@ -309,8 +311,8 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
   // Box by box: the next one is on its way while this one is multiplied.
   const int boxes = static_cast<int>(t.boxes), each = (boxes + gridDim.x - 1) / gridDim.x;
   const int first = blockIdx.x * each, last = first + each < boxes ? first + each : boxes;
-  GradSums<kUnits> sums = {};
-  float bias[kGradFragments][2] = {};
+  GradSums<kM, kUnits> sums = {};
+  float bias[kM][2] = {};
 #pragma unroll 1
   for (int i = first - 1; i < last; ++i) {
     if (i + 1 < last) {
@@ -341,8 +343,7 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
       const GradStep at{grads + output * kGradRow<T> + lane / 4 * 2 * static_cast<int>(sizeof(T)),
                         codes + output * kGradCodeBytes + lane / 4 * 2,
                         positions + step * kGradStep, patches + slot * t.patch_bytes};
-      multiply_step<Math, kPlaces, kUnits>(at, place, warp_n == 0 && place == 0, columns, bias,
-                                           sums);
+      multiply_step<Math, kPlaces>(at, place, warp_n == 0 && place == 0, columns, bias, sums);
     }
     __syncthreads();
   }
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
       const int64_t element = grad_element(s, p, first_unit + j, lane % 4 * 2 + e, chunk);
       if (element < 0) continue;
 #pragma unroll
-      for (int m = 0; m < kGradFragments; ++m)
+      for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int64_t k = k0 + m * 16 + lane / 4 * 2 + h;
@@ -372,12 +373,12 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
     }
 }
 
-template <typename Math, int kPlaces, int kUnits>
+template <typename Math, int kPlaces, int kM, int kUnits>
 void launch_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                             const WeightGradPlan& plan, const BackwardTensors& t,
                             const Tensor& partial) {
   using Element = typename Math::Element;
-  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kPlaces, kUnits>,
+  launch.with_shared(plan.tile.shared_bytes, weight_grad_kernel<Math, kPlaces, kM, kUnits>,
                      dim3(plan.splits, plan.channel_blocks * plan.tile.chunks), kGradThreads, s,
                      plan, input_source<Math>(const_view<Element>(t.input), s.C),
                      pooled_grad_source<Element>(s, const_view<Element>(t.grad_out), t.codes),
@@ -393,21 +394,23 @@ void launch_gemm_backward_weight(const Launcher& launch, const ConvBlockShape& s
       empty_flat({plan.splits, s.K, weight_grad_elements(s)}, ScalarType::Float, t.input);
   dispatch_arithmetic(a, [&](auto math) {
     using Math = decltype(math);
-    const auto run = [&](auto places, auto units) {
-      launch_backward_weight<Math, decltype(places)::value, decltype(units)::value>(launch, s, plan,
-                                                                                    t, partial);
+    const auto run = [&](auto places, auto fragments) {
+      constexpr int kPlaces = places, kM = fragments;
+      if constexpr (kPlaces <= 4)
+        if (plan.each_n <= kFewGradUnits)
+          return launch_backward_weight<Math, kPlaces, kM, kFewGradUnits>(launch, s, plan, t,
+                                                                          partial);
+      launch_backward_weight<Math, kPlaces, kM, kGradUnits>(launch, s, plan, t, partial);
     };
-    using Few = std::integral_constant<int, kFewGradUnits>;
-    using Most = std::integral_constant<int, kGradUnits>;
-    const bool few = plan.each_n <= kFewGradUnits;
+    constexpr std::integral_constant<int, kGradFragments> all{};
     if (s.window() == 1)
-      few ? run(std::integral_constant<int, 1>{}, Few{})
-          : run(std::integral_constant<int, 1>{}, Most{});
-    else if (s.window() <= 4)
-      few ? run(std::integral_constant<int, 4>{}, Few{})
-          : run(std::integral_constant<int, 4>{}, Most{});
+      run(std::integral_constant<int, 1>{}, all);
+    else if (s.window() > 4)
+      run(std::integral_constant<int, kMostGradPlaces>{}, all);
+    else if (s.K > 16)
+      run(std::integral_constant<int, 4>{}, all);
     else
-      run(std::integral_constant<int, kMostGradPlaces>{}, Most{});
+      run(std::integral_constant<int, 4>{}, std::integral_constant<int, 1>{});
   });
   launch_sum_chunks(launch, s, plan.splits, partial, t);
 }

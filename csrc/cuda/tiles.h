@@ -78,6 +78,7 @@ enum class Arithmetic { kBf16, kF16, kTf32, kTf32x3, kFloat };
 struct GemmConfig {
   int element_bytes;  // of an operand in shared memory
   bool matrix_unit;   // else float multiply-adds
+  bool splits;        // operands are split and multiplied three times
   bool fold;          // few input channels: a kernel row's pixels are one run of channels
   int columns;        // output channels of a block
   int warps, groups;  // a warp has `groups` times 32 rows
@@ -96,7 +97,9 @@ struct GemmConfig {
 constexpr GemmConfig gemm_config(Arithmetic a, bool fold, int columns) {
   const bool matrix_unit = a != Arithmetic::kFloat;
   const int bytes = a == Arithmetic::kBf16 || a == Arithmetic::kF16 ? 2 : 4;
-  return {bytes, matrix_unit, fold, columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2, false, true};
+  return {bytes,   matrix_unit,         a == Arithmetic::kTf32x3, fold,
+          columns, matrix_unit ? 8 : 4, matrix_unit ? 1 : 2,      false,
+          true};
 }
 
 // One pixel of the patch, or one output of a box: where it lies, in shared memory's table. A larger
@@ -285,6 +288,12 @@ constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
   return round_up(s.C, c.step());
 }
 
+// Three products that wait for each other take as long for 128 rows, half of a block's warps, as
+// for fewer.
+constexpr int64_t counted_rows(const GemmConfig& c, int64_t rows) {
+  return std::max<int64_t>(round_up(rows, 32), c.splits && !c.weight_grad ? 128 : 0);
+}
+
 // The tile with the least work for one of the `blocks` that share the boxes; units = 0 where none
 // fits. Work is counted in rows of the product: those of the box, and 64 for its start; a pixel of
 // the patch, which is loaded once for all taps, as half a row; and the weights where they have to
@@ -307,7 +316,7 @@ constexpr GemmTile gemm_tile(const ConvBlockShape& s, const GemmConfig& c, int64
                                                            : t.units;
       const int64_t reload = c.weight_grad || t.chunks == 1 ? 0 : c.matrix_unit ? 96 : 8;
       const int64_t work =
-          ceil_div(t.boxes, share) * (round_up(rows, 32) + 64 + t.pixels / 2 + reload);
+          ceil_div(t.boxes, share) * (counted_rows(c, rows) + 64 + t.pixels / 2 + reload);
       if (work < least) least = work, best = t, best.work = work;
     }
     if (c.fold || channels == c.step()) break;
@@ -359,7 +368,8 @@ struct GemmPlan {
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
 // for: with 160 KiB and more, two blocks on a multiprocessor are tried as well as one with all the
 // memory, which does three quarters of what two do in the same time. 64 columns, for more than 32
-// channels, take 1.4 times as long as 32; 16 serve up to 16 channels.
+// channels, take 1.4 times as long as 32, or 1.7 times where operands are split; 16 serve up to 16
+// channels.
 constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, bool pixel_table,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
@@ -376,7 +386,8 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
       const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
       const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
       if (t.units == 0 || !boxes_are_narrow(t)) continue;
-      const int64_t work = t.work * (columns == 64 ? 14 : 10) * (blocks == 2 ? 4 : 3);
+      const int64_t wide = c.splits ? 17 : 14;
+      const int64_t work = t.work * (columns == 64 ? wide : 10) * (blocks == 2 ? 4 : 3);
       if (work < least) least = work, best = {c, t};
     }
   return best;

@@ -102,6 +102,20 @@ MUTATIONS = {
         CONV,
         "test_tf32_rounds and emulated",
     ),
+    "infinity times a low part of zero": (
+        "conv_block_patch.h",
+        "fminf(fmaxf(float_of_bits(bits), -kLargest), kLargest)",
+        "float_of_bits(bits)",
+        CONV,
+        "test_floats_beyond and cuda-emulated",
+    ),
+    "products of high parts alone": (
+        "conv_block_patch.h",
+        "mma_tf32(sums, high, low_part(b0), low_part(b1));",
+        "",
+        CONV,
+        "test_error and cuda-emulated and float32 and deep3",
+    ),
     "shuffle of the wrong width": (
         "cross_entropy_general.h",
         "__shfl_xor_sync(kFullWarp, value, lanes)",
