@@ -56,7 +56,7 @@ int rows_group(int64_t vectors) {
 }
 
 // The same where many rows are only read: fewer threads with up to 32 vectors each, as a row costs
-// each of its warps some 300 instructions whatever its length, as many as 40 classes do. All rows
+// each of its warps some 230 instructions whatever its length, as many as 40 classes do. All rows
 // together are still to have the threads that the multiprocessors hold at a time, 1024 each.
 int forward_group(int64_t vectors, int64_t rows) {
   for (int group : {32, 128, 256})

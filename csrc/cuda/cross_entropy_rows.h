@@ -157,7 +157,7 @@ __device__ void reduce_lanes(Softmax<T>* softmax, RowExtras* extras) {
   }
 }
 
-// Over the kGroup threads of a row, in every one of them. `turn` is another one in each row.
+// Over the kGroup threads of a row, in every one of them. `turn` counts the calls.
 template <int kGroup, bool kExtras, typename T>
 __device__ void reduce_group(int turn, Softmax<T>* softmax, RowExtras* extras) {
   reduce_lanes<kWarpSize, kExtras>(softmax, extras);
@@ -266,6 +266,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   auto gradient_row = [&](int n) { return output.grad + n * layout.row_stride(kGrad); };
   uint4 kept[kBatch];
   int64_t y = 0;
+  int reduced = 0;  // rows, without the ignored ones
   int n = block_row + threadIdx.x / kGroup;  // the same for all threads of a barrier
   if constexpr (!kWithGrad) y = ask_first(n, kept);
   for (; n < end_row; n += kGroups) {
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       continue;
     }
     const uint4* from = reinterpret_cast<const uint4*>(x + row.head);
-    // This thread's vectors that are not kept, from `rest` on; a warp to a row keeps all of them.
+    // With a gradient, this thread's vectors that are not kept; a warp to a row keeps all of them.
     const int rest = lane + kBatch * kGroup, end = kGroup == kWarpSize ? 0 : row.vectors;
 
     // 1. Maximum and sum of exponentials.
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
         if (add_then_ask(done, kept, batch) || add_then_ask(done + kStep, batch, kept)) break;
       y = ask_first(n + kGroups, kept);
     }
-    reduce_group<kGroup, kExtras>(n / kGroups, &softmax, &extras);
+    reduce_group<kGroup, kExtras>(reduced++, &softmax, &extras);
 
     // 2. The row's loss. Its target's logit is not waited for until here where it can be helped.
     if constexpr (!kExtras) extras.x_y = static_cast<float>(at_target);

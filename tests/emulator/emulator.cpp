@@ -78,7 +78,8 @@ struct Copies {
 struct Block {
   const std::function<void()>* kernel;
   int threads, started, finished;
-  bool upwards;
+  bool upwards;  // the order in which threads start
+  bool ahead;    // one warp goes as far ahead as barriers let it, or all go on in turns
   Meeting barrier;
   std::vector<Warp> warps;
   std::map<const void*, std::vector<char>> shared;
@@ -211,8 +212,8 @@ void run_block() {
   std::fill(block.dynamic.begin(), block.dynamic.end(), ~uint64_t{0});
   while (block.finished < block.threads) {
     if (!ready.empty()) {
-      Fibre* fibre = ready.front();
-      ready.pop_front();
+      Fibre* fibre = block.ahead ? ready.back() : ready.front();
+      block.ahead ? ready.pop_back() : ready.pop_front();
       resume(fibre);
     } else if (block.started < block.threads) {
       resume(idle_fibre());
@@ -256,13 +257,13 @@ void run(dim3 grid, int threads, const std::function<void()>& kernel, size_t sha
   block.copies.resize(threads);
   gridDim = grid;
   blockDim = dim3(threads);
-  static bool upwards = false;
+  static unsigned blocks = 0;
   try {
     for (unsigned z = 0; z < grid.z; ++z)
       for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
           blockIdx = dim3(x, y, z);
-          block.upwards = upwards = !upwards;
+          block.upwards = ++blocks % 2 == 1, block.ahead = blocks / 2 % 2 == 1;
           run_block();
         }
   } catch (...) {

@@ -158,6 +158,13 @@ MUTATIONS = {
         LOSS,
         "emulated and test_cuda_kernels_with_several_turns and rows",
     ),
+    "values of warps overwritten where an ignored row lies between": (
+        "cross_entropy_rows.h",
+        "kExtras>(reduced++, ",
+        "kExtras>(n / kGroups, ",
+        LOSS,
+        "emulated and test_cuda_kernels_with_several_turns and rows",
+    ),
     "counter that does not return to 0": (
         "cross_entropy_common.h",
         "atomicInc(out.counter, gridDim.x - 1) ==",
