@@ -94,12 +94,6 @@ __device__ void start_sums(const float* bias, float (&sums)[kM][kTilesN][4]) {
   }
 }
 
-// Parts of floats, beside 64 columns of sums, leave none for what is loaded ahead.
-template <typename Math, int kTilesN>
-constexpr bool registers_are_scarce() {
-  return Math::kArithmetic == Arithmetic::kTf32x3 && kTilesN > 4;
-}
-
 // Where a thread's parts of fragments lie: rows from the patch's start on, columns from that of the
 // weights. load_matrices wants of lane i row i % 8 of the lower or upper 8 rows, the left or right
 // 16 bytes.
@@ -123,16 +117,16 @@ __device__ Places<kM> places_of(const GemmTile& t, const int* row_offsets) {
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
 // channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another:
 // two steps at a time, for more would take registers that before compute capability 9.0 are not
-// there. Where registers are scarce nothing overlaps.
+// there. Split operands leave registers for that beside 16 columns alone.
 template <typename Math, int kTilesN, bool kFold, int kSteps>
 __device__ void multiply_taps(const GemmTile& t, const unsigned char* patch,
                               const unsigned char* weights, const int* table,
                               const Places<2 * Layout<Math>::kGroups>& places,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr bool kScarce = registers_are_scarce<Math, kTilesN>();
-  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps < 2     ? 1
-                                                            : kTilesN == 2 ? kSteps
-                                                                           : 2;
+  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps < 2                     ? 1
+                                                            : kTilesN == 2                 ? kSteps
+                                                            : Layout<Math>::kConfig.splits ? 1
+                                                                                           : 2;
   const int lane = threadIdx.x % kWarpSize;
   const int* const tap_offsets = table + places.tap_offsets;
   const SharedAddress from = shared_address(patch);
@@ -144,8 +138,8 @@ __device__ void multiply_taps(const GemmTile& t, const unsigned char* patch,
   int next = tap_offsets[0];
 #pragma unroll 1
   for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
-    const SharedAddress offset = from + (kScarce ? tap_offsets[tap] : next);
-    if (!kScarce) next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // all else waits for it
+    const SharedAddress offset = from + next;
+    next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // early: all else waits for it
 #pragma unroll kUnrolled
     for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
@@ -176,8 +170,6 @@ __device__ void multiply_matrices(const GemmTile& t, const unsigned char* patch,
                                   const unsigned char* weights, const int* table,
                                   const Places<2 * Layout<Math>::kGroups>& places,
                                   float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  if constexpr (registers_are_scarce<Math, kTilesN>())
-    return multiply_taps<Math, kTilesN, kFold, 0>(t, patch, weights, table, places, sums);
   // Runs of 3 to 11 pixels, or whole pixels of up to 64 half-precision channels.
   constexpr int kMany = kFold ? 3 : 4;
   switch (t.depth_bytes) {
@@ -270,6 +262,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
                 GemmValues bias, GemmOutput<typename Math::Element> to) {
   constexpr int kColumns = 8 * kTilesN, kM = 2 * Layout<Math>::kGroups;
   if constexpr (!Layout<Math>::kRuns) return trap();
+  if constexpr (Source::kRounded) to.codes = nullptr;  // dX has none
   DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared;
   unsigned char* const patches = weights + t.weight_bytes;
@@ -291,8 +284,8 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
   for (int k = threadIdx.x; k < kColumns; k += blockDim.x)
     first[k] = bias.data && column0 + k < s.K ? bias.at<typename Math::Element>(column0 + k) : 0.0f;
   __syncthreads();
-  // Beside 64 columns of sums no registers are left for what stays the same.
-  constexpr bool kKeepPlaces = kTilesN <= 4;
+  // Beside more sums no registers are left for what stays the same.
+  constexpr bool kKeepPlaces = kTilesN <= 2;
   Places<kM> places{};
   if (kKeepPlaces) places = places_of<kM>(t, row_offsets);
 
@@ -304,16 +297,14 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
 #pragma unroll 1
   while (true) {
     const bool first_stage = box_index == static_cast<int>(blockIdx.x) && chunk == 0;
-    if (chunk >= 0) {  // the patch is there, and all that was read before it is free
-      copy_async_wait<0>();
-      __syncthreads();
-    }
-    const bool reload = t.chunks > 1 && chunk >= 0 && !first_stage;
-    if (chunk < 0 || reload) load_weights(t, packed, weights, chunk < 0 ? 0 : chunk);
+    copy_async_wait<0>();
+    __syncthreads();  // the patch is there, and all that was read before it is free
+    if (chunk < 0 || (t.chunks > 1 && !first_stage))
+      load_weights(t, packed, weights, chunk < 0 ? 0 : chunk);
     copy_async_commit();
-    const int next_chunk = chunk + 1 == t.chunks ? 0 : chunk + 1;
-    const int step = chunk >= 0 && next_chunk == 0 ? static_cast<int>(gridDim.x) : 0;
-    const int next_index = box_index + step;
+    const bool last_chunk = chunk == t.chunks - 1;
+    const int next_index = box_index + (last_chunk ? static_cast<int>(gridDim.x) : 0);
+    const int next_chunk = last_chunk ? 0 : chunk + 1;
     if (next_index < boxes) {
       const Box box = box_at(s, t, next_index);
       unsigned char* const next = patches + (slot ^ 1) * t.patch_bytes;
@@ -329,8 +320,8 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
       unsigned char* const patch = patches + slot * t.patch_bytes;
       constexpr bool kRound = Math::kArithmetic == Arithmetic::kTf32 && !Source::kRounded && !kFold;
       if constexpr (kRound) round_patch<Math>(patch, t.patch_bytes);
-      if (reload) copy_async_wait<1>();
-      if (kRound || reload) __syncthreads();
+      if (t.chunks > 1) copy_async_wait<1>();
+      if (kRound || t.chunks > 1) __syncthreads();
 
       // 3. Bias is the sums' first value, so that windows are compared as PyTorch compares them.
       constexpr int kChannels = kRun<kTilesN>;
@@ -341,19 +332,19 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
         if constexpr (!Layout<Math>::kMatrixUnit) {
           multiply_floats<Math, kTilesN, kFold>(t, patch, weights, table, row_offsets, sums);
         } else {
-          if (!kKeepPlaces) places = places_of<kM>(t, row_offsets);
-          multiply_matrices<Math, kTilesN, kFold>(t, patch, weights, table, places, sums);
+          multiply_matrices<Math, kTilesN, kFold>(
+              t, patch, weights, table, kKeepPlaces ? places : places_of<kM>(t, row_offsets), sums);
         }
       }
 
       // 4. The outputs of the box.
-      if (kFold || chunk == t.chunks - 1) {
+      if (kFold || last_chunk) {
         constexpr int kGroups = Layout<Math>::kGroups;
         const Box box = box_at(s, t, box_index);
         if (Source::kRounded || t.pooling == Pooling::kNone) {  // dX has no pool
           const BoxOutputs<typename Math::Element> to_box(s, to, box, column0 + k0);
           store_outputs<kGroups, kTilesN>(s, t, to, to_box, outputs, sums);
-        } else if (t.pooling == Pooling::kWindow) {
+        } else if ((kTilesN > 4 && !kFold) || t.pooling == Pooling::kWindow) {
           const BoxOutputs<typename Math::Element> to_box(s, to, box, column0 + k0);
           store_windows<kGroups, kTilesN>(s, t, to, box, to_box, outputs, sums);
         } else {
@@ -376,7 +367,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
 template <typename Math, typename F>
 void dispatch_columns(int columns, const F& f) {
   if (columns == 16) return f(std::integral_constant<int, 2>{});
-  if constexpr (Layout<Math>::kMatrixUnit)
+  if constexpr (Layout<Math>::kConfig.has_wide_blocks())
     if (columns == 64) return f(std::integral_constant<int, 8>{});
   f(std::integral_constant<int, 4>{});
 }

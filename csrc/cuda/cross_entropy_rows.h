@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   auto gradient_row = [&](int n) { return output.grad + n * layout.row_stride(kGrad); };
   uint4 kept[kBatch];
   int64_t y = 0;
-  int reduced = 0;  // rows, without the ignored ones
+  int reduced = 0;                           // rows, without the ignored ones
   int n = block_row + threadIdx.x / kGroup;  // the same for all threads of a barrier
   if constexpr (!kWithGrad) y = ask_first(n, kept);
   for (; n < end_row; n += kGroups) {

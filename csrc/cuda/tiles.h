@@ -86,6 +86,8 @@ struct GemmConfig {
   bool pixel_table;   // the patch is loaded through a table of its pixels
 
   constexpr int rows() const { return 32 * warps * groups; }
+  // Of 64 columns: else registers are left for 32.
+  constexpr bool has_wide_blocks() const { return matrix_unit && !splits; }
   // Channels come in steps of 32 bytes, one fragment of the matrix unit or 8 columns of dW, or of
   // one vector of floats.
   constexpr int step() const { return (matrix_unit || weight_grad ? 32 : 16) / element_bytes; }
@@ -368,8 +370,7 @@ struct GemmPlan {
 // How the matrix-product kernels would compute this block. `max_shared` is what a block may ask
 // for: with 160 KiB and more, two blocks on a multiprocessor are tried as well as one with all the
 // memory, which does three quarters of what two do in the same time. 64 columns, for more than 32
-// channels, take 1.4 times as long as 32, or 1.7 times where operands are split; 16 serve up to 16
-// channels.
+// channels, take 1.4 times as long as 32; 16 serve up to 16 channels.
 constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, bool pixel_table,
                              int arch, int64_t max_shared) {
   if (!arch_has(a, arch) || !gemm_serves(s)) return {};
@@ -379,15 +380,15 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
   for (int blocks : {2, 1})
     for (int columns : {64, s.K <= 16 ? 16 : 32}) {
       if (blocks == 2 && max_shared < kForTwo) continue;
-      if (columns == 64 && (s.K <= 32 || a == Arithmetic::kFloat)) continue;
+      const bool shared_pool = pooling_of(s) == Pooling::kShared && !fold;
       GemmConfig c = gemm_config(a, fold, columns);
+      if (columns == 64 && (s.K <= 32 || !c.has_wide_blocks() || shared_pool)) continue;
       c.pixel_table = pixel_table;
       const int64_t column_blocks = ceil_div(s.K, columns);
       const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
       const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
       if (t.units == 0 || !boxes_are_narrow(t)) continue;
-      const int64_t wide = c.splits ? 17 : 14;
-      const int64_t work = t.work * (columns == 64 ? wide : 10) * (blocks == 2 ? 4 : 3);
+      const int64_t work = t.work * (columns == 64 ? 14 : 10) * (blocks == 2 ? 4 : 3);
       if (work < least) least = work, best = {c, t};
     }
   return best;
