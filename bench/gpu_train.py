@@ -167,7 +167,7 @@ def wait(device: torch.device) -> None:
 
 def epoch_row(case: Case, device: torch.device, options) -> dict:
     seconds, row = {}, {"data": case.data}
-    for side in SIDES:
+    for side in options.sides or SIDES:
         if side == "loader-eager":
             seconds[side] = quartiles([loader_epoch(case, device, options.loader_batches)])
             continue
@@ -184,9 +184,11 @@ def epoch_row(case: Case, device: torch.device, options) -> dict:
 # ----------------------------------------------------------------------------------- mnist-speed
 
 
-def speed_row(root: Path, data: str, device: torch.device, seeds: int) -> dict:
-    seconds, accuracy, at_99 = {}, {}, {}
+def speed_row(root: Path, data: str, device: torch.device, options) -> dict:
+    seconds, accuracy, at_99, seeds = {}, {}, {}, options.seeds
     for side, layers in SPEED_SIDES.items():
+        if options.sides and side not in options.sides:
+            continue
         settings = {"layers": layers, "channels_last": True}
         mnist_speed.train(seeds, device.type, root, **settings)  # loads what libraries load
         runs = [mnist_speed.train(s, device.type, root, **settings) for s in range(seeds)]
@@ -221,6 +223,7 @@ def arguments():
     parser.add_argument("--data", type=Path, help="the folder that holds MNIST")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--json", metavar="FILE", help="keep the rows; auto: in bench/results")
+    parser.add_argument("--sides", type=lambda text: text.split(","), help=f"of {','.join(SIDES)}")
     parser.add_argument("--images", type=int, help="so many training images only")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--loader-batches", type=int, default=40)
@@ -249,7 +252,7 @@ def main():
         for case in cases(root, data, options.images):
             keep(epoch_row(case, device, options))
         if options.seeds:
-            keep(speed_row(root, data, device, options.seeds))
+            keep(speed_row(root, data, device, options))
     print(report.text(rows))
 
 
