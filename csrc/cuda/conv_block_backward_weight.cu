@@ -267,8 +267,8 @@ __device__ void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p
 // Blocks that shall fit on a multiprocessor side by side: two, where registers allow it.
 template <typename Math, int kPlaces, int kUnits>
 constexpr int grad_blocks() {
-  constexpr bool kScarce = Math::kArithmetic == Arithmetic::kTf32x3 && kPlaces == 1;
-  return FASTCLS_SM80 && !(kScarce && kUnits == kGradUnits) ? 2 : 1;
+  constexpr bool kScarce = Layout<Math>::kConfig.splits && kPlaces == 1 && kUnits == kGradUnits;
+  return FASTCLS_SM80 && !kScarce ? 2 : 1;
 }
 
 // Windows of 1, up to 4 or up to kPlaces positions. Grid: x has the parts of the boxes, y the
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
       source.load_grads(s, box, k0, outputs, table, grads + slot * outputs * kGradRow<T>);
       source.load_codes(s, box, k0, outputs, table, codes + slot * outputs * kGradCodeBytes);
       if (p.config.fold)
-        input.load_folded(s, t, pixels, patches + slot * t.patch_bytes, box);
+        input.template load_folded<true>(s, t, pixels, patches + slot * t.patch_bytes, box);
       else
         input.load_patch(s, t, pixels, patches + slot * t.patch_bytes, box, chunk);
     }

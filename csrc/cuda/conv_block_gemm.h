@@ -114,22 +114,31 @@ __device__ Places<kM> places_of(const GemmTile& t, const int* row_offsets) {
   return places;
 }
 
+// Steps of a tap whose loads and products overlap: as many as there are registers for on every
+// architecture. A folded patch leaves 80 to a thread: see gemm_blocks.
+template <typename Math, int kTilesN, bool kFold>
+constexpr int unrolled_steps(int steps) {
+  if (kTilesN == 2) return steps;
+  return Layout<Math>::kConfig.splits || (kTilesN == 4 && kFold) ? 1 : 2;
+}
+
 // sums += patch · weights over all taps, on the matrix unit. A step of the sum is 32 bytes of
-// channels. Where the kSteps of a tap are known, not 0, loads of one overlap products of another:
-// two steps at a time, for more would take registers that before compute capability 9.0 are not
-// there. Split operands leave registers for that beside 16 columns alone.
+// channels; kSteps of a tap are known, or 0.
 template <typename Math, int kTilesN, bool kFold, int kSteps>
 __device__ void multiply_taps(const GemmTile& t, const unsigned char* patch,
                               const unsigned char* weights, const int* table,
                               const Places<2 * Layout<Math>::kGroups>& places,
                               float (&sums)[2 * Layout<Math>::kGroups][kTilesN][4]) {
-  constexpr int kM = 2 * Layout<Math>::kGroups, kUnrolled = kSteps < 2                     ? 1
-                                                            : kTilesN == 2                 ? kSteps
-                                                            : Layout<Math>::kConfig.splits ? 1
-                                                                                           : 2;
+  constexpr int kM = 2 * Layout<Math>::kGroups,
+                kUnrolled = kSteps < 2 ? 1 : unrolled_steps<Math, kTilesN, kFold>(kSteps);
   const int lane = threadIdx.x % kWarpSize;
   const int* const tap_offsets = table + places.tap_offsets;
+  // One of two ways to add up the same: with 64 columns or without, the one that takes a register
+  // less.
   const SharedAddress from = shared_address(patch);
+  SharedAddress rows[kM];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) rows[m] = from + places.rows[m];
   SharedAddress b_row = shared_address(weights) + places.columns;
   const int pair_bytes = 16 * t.weight_row_bytes, steps = kSteps ? kSteps : t.depth_bytes / 32;
   // Beyond a run's end lie other pixels, whose NaN no weight of zero makes harmless.
@@ -138,14 +147,16 @@ __device__ void multiply_taps(const GemmTile& t, const unsigned char* patch,
   int next = tap_offsets[0];
 #pragma unroll 1
   for (int tap = 0; tap < t.taps; ++tap, b_row += kTilesN / 2 * pair_bytes) {
-    const SharedAddress offset = from + next;
+    const int offset = next;
+    const SharedAddress tap_from = from + offset;
     next = tap_offsets[tap + 1 < t.taps ? tap + 1 : tap];  // early: all else waits for it
 #pragma unroll kUnrolled
     for (int step = 0; step < steps; ++step) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        load_matrices(a[m], offset + places.rows[m] + step * 32);
+        load_matrices(a[m],
+                      (kTilesN > 4 ? rows[m] + offset : tap_from + places.rows[m]) + step * 32);
         if (kFold && step == steps - 1) {
           if (cut_left) a[m][0] = a[m][1] = 0;
           if (cut_right) a[m][2] = a[m][3] = 0;
@@ -311,7 +322,7 @@ __global__ void __launch_bounds__(Layout<Math>::kThreads, gemm_blocks<Math, kTil
       if constexpr (Source::kRounded)  // a gradient is expanded, window by window
         source.load_patch(s, t, next, box, next_chunk);
       else if constexpr (kFold)
-        source.load_folded(s, t, pixels, next, box);
+        source.template load_folded<false>(s, t, pixels, next, box);
       else
         source.load_patch(s, t, pixels, next, box, next_chunk);
     }

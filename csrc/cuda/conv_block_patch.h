@@ -317,14 +317,16 @@ struct InputSource {
     }
   }
 
+  // kHasTable: known before the launch, see GemmTile's table_pixels.
+  template <bool kHasTable>
   __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
                               unsigned char* patch, const Box& box) const {
     if (t.channels == 8)
-      load_folded<8, 8>(s, t, table, patch, box);
+      load_folded<kHasTable, 8, 8>(s, t, table, patch, box);
     else if (s.C == 1)
-      load_folded<4, 1>(s, t, table, patch, box);
+      load_folded<kHasTable, 4, 1>(s, t, table, patch, box);
     else
-      load_folded<4, 4>(s, t, table, patch, box);
+      load_folded<kHasTable, 4, 4>(s, t, table, patch, box);
   }
 
  private:
@@ -337,10 +339,6 @@ struct InputSource {
     PatchEntry pixel = patch_entry(t, i);
     pixel.from = pixel.image * x.n + pixel.y() * x.h + pixel.x() * x.w;
     return pixel;
-  }
-
-  __device__ PatchEntry pixel_at(const GemmTile& t, const PatchEntry* table, unsigned i) const {
-    return t.table_pixels ? table[i] : entry(t, i);
   }
 
   __device__ int64_t first_pixel(const Box& box) const {
@@ -361,7 +359,7 @@ struct InputSource {
 
   // A folded patch of kChannels to a pixel, of which up to kRead are there, several pixels at a
   // time, for their channels have to pass through registers, where they are rounded.
-  template <int kChannels, int kRead>
+  template <bool kHasTable, int kChannels, int kRead>
   __device__ void load_folded(const ConvBlockShape& s, const GemmTile& t, const PatchEntry* table,
                               unsigned char* patch, const Box& box) const {
     constexpr int kBytes = kChannels * sizeof(Element), kAtOnce = kBytes <= 16 ? 2 : 1;
@@ -379,7 +377,8 @@ struct InputSource {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const unsigned item = first + i * blockDim.x;
-        const PatchEntry pixel = pixel_at(t, table, item < pixels ? item : 0);
+        const unsigned known = item < pixels ? item : 0;
+        const PatchEntry pixel = kHasTable || t.table_pixels ? table[known] : entry(t, known);
         const bool inside = is_inside(s, box, pixel);
         const auto* from = reinterpret_cast<const Element*>(
             data + multiply_add_wide(pixel.from, sizeof(Element), origin));
