@@ -8,6 +8,7 @@ from fastcls import build_info
 from fastcls.info import kernel_resources
 
 FAST = re.compile(r"\b(gemm_kernel|weight_grad_kernel)<")
+SPLITS = re.compile(r"\bweight_grad_kernel<[^<]*Tf32x3Math")
 
 
 @pytest.fixture
@@ -28,14 +29,10 @@ def test_every_kernel_is_there_for_every_architecture(resources):
     assert any(FAST.search(kernel) for kernel in kernels["sm_80"])
 
 
-# Where float32 is multiplied as tf32, parts of operands take registers that some architectures lack:
-# bytes of a thread, at most on 8.0.
-FEW = re.compile(r"\bweight_grad_kernel<[^<]*Tf32x3Math"), 44
-
-
 def test_fast_kernels_do_not_spill(resources):
     fast = {name: text for name, text in resources.items() if FAST.search(name)}
     assert fast
     spilled = {name: int(re.search(r"spilled (\d+) B", text)[1]) for name, text in fast.items()}
-    allowed = {name: FEW[1] if FEW[0].search(name) else 0 for name in fast}
-    assert not {name: count for name, count in spilled.items() if count > allowed[name]}
+    # Parts of float32 operands take a few registers more than compute capability 8.0 has.
+    most = {name: 44 if SPLITS.search(name) else 0 for name in fast}
+    assert not {name: count for name, count in spilled.items() if count > most[name]}
