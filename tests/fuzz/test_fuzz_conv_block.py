@@ -178,14 +178,15 @@ def test_conv_block(path, data):
     check(drawn, data)
 
 
-@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("arch, tf32", [(80, False), (80, True), (75, False)])
 @pytest.mark.parametrize("path", ["direct", "winograd", "general"])
 @draws(12)
 @given(data=st.data())
-def test_conv_block_emulated(path, tf32, data):
+def test_conv_block_emulated(path, arch, tf32, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "_ops", emulator.load())
         patch.setattr(functional, "_allow_tf32", lambda x: tf32 and x.dtype == torch.float32)
+        patch.setenv("FASTCLS_EMULATED_ARCH", str(arch))
         drawn = data.draw(calls(path))
         path_taken(drawn)
         check(drawn, data)
