@@ -330,9 +330,10 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     } else {
       // Two batches in turns: one is on its way while the other one is added up.
       constexpr int kStep = kBatch * kGroup;
-      auto add_then_ask = [&](int done, uint4(&added)[kBatch], uint4(&asked)[kBatch]) {
+      auto ask_and_add = [&](int done, uint4(&added)[kBatch], uint4(&asked)[kBatch]) {
         const bool last = done + kStep >= row.vectors;
         if (!last) load_batch<kGroup>(from, done + kStep + lane, row.vectors, asked);
+        // Without maxima of pairs, before 8.0, registers would not last for a whole batch at once.
         if (FASTCLS_SM80 && done + kStep <= row.vectors)
           add_batch<T, kGroup, kExtras, true>(added, row, done + lane, &softmax, &extras);
         else
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
         return last;
       };
       for (int done = 0;; done += 2 * kStep)
-        if (add_then_ask(done, kept, batch) || add_then_ask(done + kStep, batch, kept)) break;
+        if (ask_and_add(done, kept, batch) || ask_and_add(done + kStep, batch, kept)) break;
       y = ask_first(n + kGroups, kept);
     }
     reduce_group<kGroup, kExtras>(reduced++, &softmax, &extras);

@@ -153,8 +153,8 @@ MUTATIONS = {
     ),
     "second batch added up instead of the third": (
         "cross_entropy_rows.h",
-        "add_then_ask(done + kStep, batch, kept)",
-        "add_then_ask(done + kStep, batch, batch)",
+        "ask_and_add(done + kStep, batch, kept)",
+        "ask_and_add(done + kStep, batch, batch)",
         LOSS,
         "emulated and test_cuda_kernels_with_several_turns and rows",
     ),
