@@ -113,6 +113,8 @@ CORNERS = [
     ConvCase("strided", "convolution with a stride", 3, 8, 17, 17, stride=2, padding=1),
     ConvCase("wide-window", "a window of more than 255 positions: 32-bit winners", 2, 3, 20, 18,
              kernel=1, pool_size=(17, 16), pool_stride=1),
+    ConvCase("wide-window-vectors", "the same with channels in whole vectors", 2, 8, 20, 18,
+             kernel=1, pool_size=(17, 16), pool_stride=1),
     ConvCase("padding-only", "padding wider than the kernel reaches", 2, 4, 4, 4, padding=3),
     ConvCase("batch-one", "one image", 8, 16, 10, 10, padding=1, batch=1),
     ConvCase("odd-map", "odd conv map: last row and column belong to no window", 16, 32, 7, 9,

@@ -11,7 +11,7 @@ struct MapGrad {
   static constexpr int kSize = 16 / sizeof(T);  // channels at a time
   View4<const T> g;                             // pooled gradient [N, K, out_h, out_w]
   Codes codes;
-  bool vectors;  // gradients and codes of the channels lie in aligned vectors
+  bool vectors;  // gradients and codes, of a byte each, of the channels lie in aligned vectors
   int K, out_h, out_w, pool_h, pool_w, step_h, step_w, pad_h, pad_w;
 
   // Writes `rounded` of channels [k, k + kSize) at position (h, w) of the map to `to`, aligned to
@@ -46,7 +46,7 @@ struct MapGrad {
   // 2; else 0.
   int tiling() const {
     const bool square = pool_h == pool_w && step_h == pool_h && step_w == pool_h;
-    const bool plain = square && pad_h == 0 && pad_w == 0 && vectors && !codes.wide;
+    const bool plain = square && pad_h == 0 && pad_w == 0 && vectors;
     if (!plain || pool_h > 2) return 0;
     return pool_h == 1 || codes.data ? pool_h : 0;
   }
@@ -117,7 +117,7 @@ MapGrad<T> map_grad(const ConvBlockShape& s, const View4<const T>& g, const Code
   const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 16 == 0;
   return {g,
           codes,
-          g.c == 1 && whole && aligned,
+          g.c == 1 && whole && aligned && !codes.wide,
           in32(s.K),
           in32(s.out_h),
           in32(s.out_w),
