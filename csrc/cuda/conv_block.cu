@@ -73,8 +73,8 @@ WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape
   return serves ? plan : WeightGradPlan{};
 }
 
-// dX reads vectors of neighbouring channels: eight times as fast as channels one by one, which is
-// what gradients from Flatten, of a sum or of tensors in PyTorch's default format would come to.
+// dX reads vectors of neighbouring channels. Gradients from Flatten, of a sum or of tensors in
+// PyTorch's default format would have it read channels one by one.
 Tensor with_inner_channels(const Tensor& grad_out) {
   const bool vectors = grad_out.size(1) * grad_out.element_size() % 16 == 0;
   if (!vectors || grad_out.stride(1) == 1) return grad_out;
