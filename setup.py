@@ -99,7 +99,8 @@ def extension(name, sources, *, libraries, with_cuda=False):
     if with_cuda:
         arch_flags = architecture_flags()
         cuda_dirs = {"include": [f"{CUDA_HOME}/include"], "lib": [f"{CUDA_HOME}/lib64"]}
-    cxx = [*OPTIMISE, "-Wall", "-fvisibility=hidden"]
+    # Python's own flags have -g, whose symbols would take ten times the room of the kernels.
+    cxx = [*([] if DEBUG else ["-g0"]), *OPTIMISE, "-Wall", "-fvisibility=hidden"]
     return Extension(
         name,
         sorted(str(s) for s in sources),

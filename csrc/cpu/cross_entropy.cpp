@@ -28,8 +28,11 @@ constexpr int64_t kMaxBlockRows = 512;
 constexpr int64_t kThreadElements = 32768;
 constexpr int64_t kOneThread = std::numeric_limits<int64_t>::max() / 2;
 
+// Whole tiles of the kernels, where there is one.
 int64_t block_rows(int64_t C) {
-  return std::clamp<int64_t>(kBlockElements / std::max<int64_t>(C, 1), 1, kMaxBlockRows);
+  const int64_t rows =
+      std::clamp<int64_t>(kBlockElements / std::max<int64_t>(C, 1), 1, kMaxBlockRows);
+  return rows < kPadding ? rows : rows / kPadding * kPadding;
 }
 
 // Calls f with a typed pointer to t's data; f gets nothing for other dtypes.
@@ -70,7 +73,13 @@ void visit_index(ScalarType type, const void* data, const F& f) {
   }
 }
 
-// t's values as Acc in one run of memory: t's own memory where it is that already.
+// Appends the first three of a row's n numbers again, and again.
+template <typename Acc>
+void repeat_first(int64_t n, std::vector<Acc>* values) {
+  for (int64_t i = 0; i < 3 && n > 0; ++i) values->push_back((*values)[i]);
+}
+
+// t's values as Acc in one run of memory, and the first three again.
 template <typename Acc>
 class FlatValues {
  public:
@@ -78,10 +87,12 @@ class FlatValues {
     if (!t) return;
     const Tensor flat = torch::stable::contiguous(*t);
     visit_floating(flat, [&](auto* data) {
+      values_.reserve(flat.numel() + 3);
       values_.resize(flat.numel());
       std::transform(data, data + flat.numel(), values_.begin(),
                      [](auto value) { return static_cast<Acc>(value); });
     });
+    repeat_first(flat.numel(), &values_);
   }
   const Acc* data() const { return values_.empty() ? nullptr : values_.data(); }
 
@@ -89,13 +100,18 @@ class FlatValues {
   std::vector<Acc> values_;
 };
 
-// Are all classes in [0, C)? Where one is not, y or C - 1 - y has its highest bit set.
-bool all_in_range(const int64_t* y, int64_t n, int64_t C) {
-  uint64_t bits = 0;
-  for (int64_t i = 0; i < n; ++i)
-    bits |= static_cast<uint64_t>(y[i]) | (static_cast<uint64_t>(C - 1) - y[i]);
-  return bits >> 63 == 0;
+#include "cpu/cross_entropy_row_loops.h"
+
+RowLoops row_loops() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::kAvx512) return avx512::row_loops();
+  if (isa() == Isa::kAvx2) return avx2::row_loops();
+#endif
+  return {&all_in_range, &sum_of<float>};
 }
+
+double sum_of_losses(const float* losses, int64_t n) { return row_loops().sum(losses, n); }
+double sum_of_losses(const double* losses, int64_t n) { return sum_of(losses, n); }
 
 // Class indices are contiguous; probabilities are read through the layout's strides.
 struct FlatTarget {
@@ -132,7 +148,7 @@ struct Problem {
     if (target.prob || (ignore_index >= 0 && ignore_index < layout.C)) return;
     if (target.type != ScalarType::Long) return;
     const int64_t* classes = static_cast<const int64_t*>(target.data);
-    common.all_valid = all_in_range(classes, layout.rows, layout.C);
+    common.all_valid = row_loops().all_in_range(classes, layout.rows, layout.C);
     if (common.all_valid) plain_classes = classes;
   }
 
@@ -194,6 +210,7 @@ struct Problem {
       uniform.push_back(common.spread * (common.weight ? common.weight[c] : Acc(1)));
       sum += uniform.back();
     }
+    repeat_first(common.C, &uniform);
     common.uniform = uniform.data();
     common.uniform_sum = static_cast<Acc>(sum);
   }
@@ -290,17 +307,6 @@ double mean_divisor(double weight) {
   return weight == 0 ? std::numeric_limits<double>::quiet_NaN() : weight;
 }
 
-// In four sums, each waiting for its own last addition only.
-template <typename Acc>
-double sum_of(const Acc* values, int64_t n) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int k = 0; k < 4; ++k) sums[k] += values[i + k];
-  for (; i < n; ++i) sums[0] += values[i];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // Fills the outputs and returns the number of hits.
 template <typename T, typename P, typename Acc>
 int64_t forward(Problem<T, P, Acc>& problem, int64_t reduction, const Outputs& out) {
@@ -328,7 +334,7 @@ int64_t forward(Problem<T, P, Acc>& problem, int64_t reduction, const Outputs& o
     if (reduction == kNone) {
       store_values<T>(losses, n, out.loss, out.wide, begin);
     } else {
-      sums[i].loss = sum_of(losses, n);
+      sums[i].loss = sum_of_losses(losses, n);
     }
   });
   if (bad < layout.rows) throw_out_of_range(problem.target, bad, layout.C);

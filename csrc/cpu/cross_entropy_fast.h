@@ -15,6 +15,12 @@ struct CrossEntropyKernels {
   void (*backward)(const RowRun<T, T, float>& run);
 };
 
+// cross_entropy_row_loops.h
+struct RowLoops {
+  bool (*all_in_range)(const int64_t* y, int64_t n, int64_t C);
+  double (*sum)(const float* values, int64_t n);
+};
+
 constexpr int kPadding = 16;  // a vector of AVX-512, the longest
 
 // Rows are put side by side, one to a lane, in a tile of C vectors on the stack. It stays within
@@ -34,10 +40,12 @@ bool fast_path_serves(const RowRun<T, P, Acc>& run) {
 namespace avx2 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();
-}
+RowLoops row_loops();
+}  // namespace avx2
 namespace avx512 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();
-}
+RowLoops row_loops();
+}  // namespace avx512
 
 }  // namespace fastcls::cpu

@@ -33,8 +33,8 @@ struct RowRun {
   int64_t t_row, t_class;
   T* grad;  // [rows, C]; null if the forward pass is to write none
   int64_t grad_row, grad_class;
-  const Acc* weight;   // [C] or null
-  const Acc* uniform;  // u [C] of an index target, or null without smoothing
+  const Acc* weight;   // [C], then the first three once more as if classes began anew; or null
+  const Acc* uniform;  // u of an index target, likewise, or null without smoothing
   Acc uniform_sum;     // sum of u
   Acc keep;            // 1 - smoothing
   Acc spread;          // smoothing / C

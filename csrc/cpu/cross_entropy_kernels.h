@@ -28,6 +28,10 @@ inline float target_weight(const Run<T>& run, int64_t y) {
   return y == kIgnored ? 0.0f : run.weight ? run.keep * run.weight[y] : run.keep;
 }
 
+// The losses of several tiles are finished together: a logarithm alone would keep the processor
+// waiting.
+constexpr int kTilesInStep = 8;
+
 // loss = sum of q (log_sum + maximum - x)
 template <typename T>
 void finish_rows(const Run<T>& run, int64_t first, int64_t rows, const Rows& r) {
@@ -48,6 +52,8 @@ void finish_rows(const Run<T>& run, int64_t first, int64_t rows, const Rows& r) 
 
 #include "cpu/cross_entropy_tile.h"
 
+#include "cpu/cross_entropy_quads.h"
+
 #include "cpu/cross_entropy_by_class.h"
 
 // ---- entry points
@@ -63,7 +69,8 @@ bool use_tile(const Run<T>& run) {
 
 template <Spread kSpread, typename T>
 void forward_rows_with(const Run<T>& run) {
-  if (!use_tile(run)) {
+  const ForwardTiles<T> quads = quads_kernel<kSpread>(run);
+  if (!quads && !use_tile(run)) {
     // Several rows' logits and powers together stay in the first-level cache up to here.
     const int64_t group = run.C <= kGroupedClasses ? kLanes : 1;
     std::vector<float> powers(run.grad && !std::is_same_v<T, float> ? group * run.C : 0);
@@ -71,18 +78,14 @@ void forward_rows_with(const Run<T>& run) {
       forward_by_class<kSpread>(run, row, std::min(group, run.rows - row), powers.data());
     return;
   }
+  const ForwardTiles<T> forward = quads ? quads : &forward_tiles<kSpread, T>;
   const int64_t rows = std::min<int64_t>(kLanes, run.rows);
-  const auto start = [&](int64_t row) { return std::min(row, run.rows - rows); };
-  // The losses of several tiles together: a logarithm alone would keep the processor waiting.
-  constexpr int kTiles = 8;
-  Rows of_tile[kTiles];
-  for (int64_t row = 0; row < run.rows; row += kTiles * kLanes) {
-    const int64_t end = std::min(run.rows, row + kTiles * kLanes);
-    // The last tile may overlap the one before.
+  Rows of_tile[kTilesInStep];
+  for (int64_t row = 0; row < run.rows; row += kTilesInStep * kLanes) {
+    const int64_t end = std::min(run.rows, row + kTilesInStep * kLanes);
+    forward(run, row, end, of_tile);
     for (int64_t r = row, i = 0; r < end; r += kLanes, ++i)
-      of_tile[i] = forward_tile<kSpread>(run, start(r), rows, r - start(r));
-    for (int64_t r = row, i = 0; r < end; r += kLanes, ++i)
-      finish_rows(run, start(r), rows, of_tile[i]);
+      finish_rows(run, std::min(r, run.rows - rows), rows, of_tile[i]);
   }
 }
 
@@ -119,3 +122,7 @@ CrossEntropyKernels<T> cross_entropy_kernels() {
 template CrossEntropyKernels<float> cross_entropy_kernels<float>();
 template CrossEntropyKernels<BFloat16> cross_entropy_kernels<BFloat16>();
 template CrossEntropyKernels<Half> cross_entropy_kernels<Half>();
+
+#include "cpu/cross_entropy_row_loops.h"
+
+RowLoops row_loops() { return {&all_in_range, &sum_of<float>}; }

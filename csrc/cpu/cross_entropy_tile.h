@@ -83,12 +83,6 @@ inline Vec tile_q(const Run<T>& run, const float* t, int64_t c) {
   return run.weight ? Vec::set(run.weight[c]) * q : q;
 }
 
-// Up to here a row's own class is found by comparing every class with it: two operations a vector
-// where there are mask registers, against some four for each row to go to memory one by one.
-constexpr int64_t kComparedClasses = kLanes == 16 ? 32 : 0;
-constexpr float kNumbers[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-
 // The classes of rows [0, rows) as floats, kIgnored included; 0 in the other lanes.
 inline Vec class_numbers(const int64_t* y, int64_t rows) {
 #if defined(FASTCLS_AVX512)
@@ -111,9 +105,13 @@ inline Vec lanes_of_targets(const Run<T>& run, int64_t first, int64_t rows, cons
 }
 
 template <typename T>
+[[gnu::noinline]] Vec each_target_weight(const Run<T>& run, int64_t first, int64_t rows) {
+  return lanes_of([&](int i) { return i < rows ? target_weight(run, run.y[first + i]) : 0.0f; });
+}
+template <typename T>
 inline Vec tile_target_weights(const Run<T>& run, int64_t first, int64_t rows) {
   if (run.all_valid && !run.weight) return Vec::set(run.keep);
-  return lanes_of([&](int i) { return i < rows ? target_weight(run, run.y[first + i]) : 0.0f; });
+  return each_target_weight(run, first, rows);
 }
 
 // Rows from lane `from` on whose target has the first of the greatest logits.
@@ -134,37 +132,47 @@ int64_t tile_hits(const Run<T>& run, int64_t first, int64_t rows, int64_t from, 
   return hits;
 }
 
+// The gradient of each row at its own class, of probability p_y.
+template <typename T>
+[[gnu::noinline]] void write_targets(const Run<T>& run, int64_t first, int64_t rows, const Rows& r,
+                                     Vec p_y) {
+  Vec g_y = (r.q_sum + r.at_target) * p_y;
+  if (run.uniform)
+    g_y = g_y - lanes_of_targets(run, first, rows, [&](int, int64_t y) { return run.uniform[y]; });
+  g_y = Vec::load(run.scale + first) * (g_y - r.at_target);
+  float lanes[kLanes];
+  g_y.store(lanes);
+  T* grad = run.grad + first * run.grad_row;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t y = run.y[first + i];
+    if (run.all_valid || y != kIgnored)
+      grad[i * run.grad_row + y * run.grad_class] = static_cast<T>(lanes[i]);
+  }
+}
+
+// The gradient of ignored rows: zero even where the logits are NaN.
+template <typename T>
+[[gnu::noinline]] void clear_ignored(const Run<T>& run, int64_t first, int64_t rows) {
+  for (int64_t row = first; row < first + rows; ++row)
+    if (run.y[row] == kIgnored)
+      for (int64_t c = 0; c < run.C; ++c)
+        run.grad[row * run.grad_row + c * run.grad_class] = static_cast<T>(0.0f);
+}
+
 // The gradient of a tile's rows, of which `tile` holds a multiple of the probabilities:
-//   scale (Q p_c - q_c) = factor tile_c - scale q_c,  and  scale ((Q p_y - u_y) - at_target) at y.
+// scale (Q p_c - q_c) = factor tile_c - scale q_c.
 template <Spread kSpread, typename T>
 void write_tile_gradient(const Run<T>& run, int64_t first, int64_t rows, const Rows& r, Vec factor,
                          Vec p_y, const float* tile, const float* t_tile) {
   const Vec scale = Vec::load(run.scale + first);
-  constexpr bool kIndex = kSpread != Spread::kProbabilities;
-  const bool compared = kIndex && run.C <= kComparedClasses;
-  const Vec numbers = compared ? class_numbers(run.y + first, rows) : Vec::zero();
-  Vec g_y = (r.q_sum + r.at_target) * p_y;
-  if constexpr (kSpread == Spread::kSmoothing)
-    g_y = g_y - lanes_of_targets(run, first, rows, [&](int, int64_t y) { return run.uniform[y]; });
-  g_y = scale * (g_y - r.at_target);
   const auto gradient = [&](int64_t c) {
-    Vec g = factor * Vec::load(tile + c * kLanes);
-    if constexpr (kSpread != Spread::kNone) g = g - scale * tile_q<kSpread>(run, t_tile, c);
-    return compared ? Vec::select(Vec::equal(numbers, Vec::set(kNumbers[c])), g_y, g) : g;
+    const Vec g = factor * Vec::load(tile + c * kLanes);
+    return kSpread == Spread::kNone ? g : g - scale * tile_q<kSpread>(run, t_tile, c);
   };
-  T* grad = run.grad + first * run.grad_row;
-  unpack_tile(gradient, rows, run.C, grad, run.grad_row, run.grad_class);
-  if (!kIndex || (compared && run.all_valid)) return;
-  float lanes[kLanes];
-  g_y.store(lanes);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = run.y[first + i];
-    if (run.all_valid || y != kIgnored) {
-      grad[i * run.grad_row + y * run.grad_class] = static_cast<T>(lanes[i]);
-      continue;
-    }
-    for (int64_t c = 0; c < run.C; ++c)  // zero even where the logits are NaN
-      grad[i * run.grad_row + c * run.grad_class] = static_cast<T>(0.0f);
+  unpack_tile(gradient, rows, run.C, run.grad + first * run.grad_row, run.grad_row, run.grad_class);
+  if constexpr (kSpread != Spread::kProbabilities) {
+    write_targets(run, first, rows, r, p_y);
+    if (!run.all_valid) clear_ignored(run, first, rows);
   }
 }
 
@@ -181,23 +189,12 @@ Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) 
   if (run.hits) *run.hits += tile_hits(run, first, rows, from, tile);
 
   Rows r{Vec::load(tile), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-  const bool compared = kSpread != Spread::kProbabilities && C <= kComparedClasses;
-  if (compared) {
-    const Vec numbers = class_numbers(run.y + first, rows);
-    for (int64_t c = 0; c < C; ++c) {
-      const Vec x = Vec::load(tile + c * kLanes);
-      r.maximum = Vec::max(x, r.maximum);
-      r.below_y = Vec::select(Vec::equal(numbers, Vec::set(kNumbers[c])), x, r.below_y);
-    }
-    r.below_y = r.below_y - r.maximum;
-  } else {
-    for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
-  }
+  for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
   if constexpr (kSpread == Spread::kProbabilities) {
     pack_tile(run.t + first * run.t_row, run.t_row, run.t_class, rows, C, t_tile);
   } else {
     const auto x_y = [&](int i, int64_t y) { return tile[y * kLanes + i]; };
-    if (!compared) r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
+    r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
     r.at_target = tile_target_weights(run, first, rows);
   }
   const auto sum_classes = [&](auto n, int64_t c) {
@@ -224,6 +221,16 @@ Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) 
   const Vec factor = Vec::load(run.scale + first) * ((r.q_sum + r.at_target) * inverse);
   write_tile_gradient<kSpread>(run, first, rows, r, factor, exp(r.below_y) * inverse, tile, t_tile);
   return r;
+}
+
+// The tiles from `row` to `end`; the last one may overlap the one before.
+template <Spread kSpread, typename T>
+void forward_tiles(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
+  const int64_t rows = std::min<int64_t>(kLanes, run.rows);
+  for (; row < end; row += kLanes) {
+    const int64_t first = std::min(row, run.rows - rows);
+    *of_tile++ = forward_tile<kSpread>(run, first, rows, row - first);
+  }
 }
 
 template <Spread kSpread, typename T>

@@ -118,6 +118,20 @@ template <int K>
   for (int i = 0; i < K; ++i) x[i] = Vec::fma_or_zero(normal[i], p[i], power[i], power[i]);
 }
 
+// The same for as many vectors as there are, in step where that pays.
+template <int K>
+[[gnu::always_inline]] inline void exp_in_step(Vec (&x)[K]) {
+  if constexpr (kInStep > 1) {
+    exp_each(x);
+  } else {
+    for (int i = 0; i < K; ++i) {
+      Vec one[1] = {x[i]};
+      exp_each(one);
+      x[i] = one[0];
+    }
+  }
+}
+
 inline Vec exp(Vec x) {
   Vec one[1] = {x};
   exp_each(one);

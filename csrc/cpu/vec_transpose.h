@@ -209,6 +209,83 @@ inline void store_quads_part(T* p, int64_t step, int n, Vec x) {
   _mm_mask_storeu_epi16(p + 2 * step, mask, high);
   _mm_mask_storeu_epi16(p + 3 * step, mask, _mm_unpackhi_epi64(high, high));
 }
+// Two quads of each row: those at p, p + step, … and those behind them.
+inline void load_quad_pair(const float* p, int64_t step, Vec* first, Vec* second) {
+  const auto two = [&](int i) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p + i * step));
+    return _mm512_insertf32x8(low, _mm256_loadu_ps(p + (i + 1) * step), 1);
+  };
+  const __m512 low = two(0), high = two(2);
+  first->v = _mm512_shuffle_f32x4(low, high, 0x88);
+  second->v = _mm512_shuffle_f32x4(low, high, 0xdd);
+}
+inline void store_quad_pair(float* p, int64_t step, Vec first, Vec second) {
+  const __m512d a = _mm512_castps_pd(first.v), b = _mm512_castps_pd(second.v);
+  const auto two = [&](int i, __m512i which) {
+    const __m512 v = _mm512_castpd_ps(_mm512_permutex2var_pd(a, which, b));
+    _mm256_storeu_ps(p + i * step, _mm512_castps512_ps256(v));
+    _mm256_storeu_ps(p + (i + 1) * step, _mm512_extractf32x8_ps(v, 1));
+  };
+  two(0, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11));
+  two(2, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
+}
+// Eight halves of each of four rows, in the register's quarters.
+template <typename T>
+inline __m512i load_octs(const T* p, int64_t step) {
+  const auto row = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step));
+  };
+  __m512i v = _mm512_castsi128_si512(row(0));
+  v = _mm512_inserti32x4(v, row(1), 1);
+  v = _mm512_inserti32x4(v, row(2), 2);
+  return _mm512_inserti32x4(v, row(3), 3);
+}
+template <typename T>
+inline void store_octs(T* p, int64_t step, __m512i v) {
+  const auto row = [&](int i) { return reinterpret_cast<__m128i*>(p + i * step); };
+  _mm_storeu_si128(row(0), _mm512_castsi512_si128(v));
+  _mm_storeu_si128(row(1), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128(row(2), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128(row(3), _mm512_extracti32x4_epi32(v, 3));
+}
+inline void load_quad_pair(const BFloat16* p, int64_t step, Vec* first, Vec* second) {
+  const __m512i v = load_octs(p, step), zero = _mm512_setzero_si512();
+  first->v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, v));
+  second->v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, v));
+}
+inline void load_quad_pair(const Half* p, int64_t step, Vec* first, Vec* second) {
+  const __m512i v =
+      _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), load_octs(p, step));
+  first->v = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+  second->v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+}
+template <typename T>
+inline void store_quad_pair(T* p, int64_t step, Vec first, Vec second) {
+  const __m512i v =
+      _mm512_inserti64x4(_mm512_castsi256_si512(to_half(first.v, p)), to_half(second.v, p), 1);
+  store_octs(p, step, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), v));
+}
+// The quad at p in every quarter.
+inline Vec repeat_quad(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+// Lane i of each quarter in all four of its lanes.
+template <int i>
+inline Vec spread_lane(Vec x) {
+  return {_mm512_permute_ps(x.v, 0x55 * i)};
+}
+// Of each quarter the even lanes of a, then those of b; the odd ones.
+inline Vec even_lanes(Vec a, Vec b) { return {_mm512_shuffle_ps(a.v, b.v, 0x88)}; }
+inline Vec odd_lanes(Vec a, Vec b) { return {_mm512_shuffle_ps(a.v, b.v, 0xdd)}; }
+// The first n lanes of each quarter.
+inline Vec::Mask quad_start(int n) { return static_cast<Vec::Mask>(0x1111 * ((1 << n) - 1)); }
+// op over the lanes of each quarter: of r[i] in its lane i.
+template <typename Op>
+inline Vec join_quads(const Vec (&r)[4], const Op& op) {
+  const Vec a =
+      op(Vec{_mm512_unpacklo_ps(r[0].v, r[1].v)}, Vec{_mm512_unpackhi_ps(r[0].v, r[1].v)});
+  const Vec b =
+      op(Vec{_mm512_unpacklo_ps(r[2].v, r[3].v)}, Vec{_mm512_unpackhi_ps(r[2].v, r[3].v)});
+  return op(Vec{_mm512_shuffle_ps(a.v, b.v, 0x44)}, Vec{_mm512_shuffle_ps(a.v, b.v, 0xee)});
+}
 // Transposes the 4 x 4 floats in each quarter.
 inline void transpose_quads(Vec (&r)[4]) {
   const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
@@ -226,6 +303,43 @@ inline Vec load_quads(const T* p, int64_t step) {
 template <typename T>
 inline void store_quads(T* p, int64_t step, Vec x) {
   store4x2(p, step, x.v);
+}
+inline void load_quad_pair(const float* p, int64_t step, Vec* first, Vec* second) {
+  const __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + step);
+  first->v = _mm256_permute2f128_ps(a, b, 0x20), second->v = _mm256_permute2f128_ps(a, b, 0x31);
+}
+inline void store_quad_pair(float* p, int64_t step, Vec first, Vec second) {
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(first.v, second.v, 0x20));
+  _mm256_storeu_ps(p + step, _mm256_permute2f128_ps(first.v, second.v, 0x31));
+}
+template <typename T>
+inline void load_quad_pair(const T* p, int64_t step, Vec* first, Vec* second) {
+  *first = load_quads(p, step), *second = load_quads(p + 4, step);
+}
+template <typename T>
+inline void store_quad_pair(T* p, int64_t step, Vec first, Vec second) {
+  store_quads(p, step, first), store_quads(p + 4, step, second);
+}
+inline Vec repeat_quad(const float* p) {
+  return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+}
+template <int i>
+inline Vec spread_lane(Vec x) {
+  return {_mm256_permute_ps(x.v, 0x55 * i)};
+}
+inline Vec even_lanes(Vec a, Vec b) { return {_mm256_shuffle_ps(a.v, b.v, 0x88)}; }
+inline Vec odd_lanes(Vec a, Vec b) { return {_mm256_shuffle_ps(a.v, b.v, 0xdd)}; }
+inline Vec::Mask quad_start(int n) {
+  const float lane[4] = {0, 1, 2, 3};
+  return Vec::greater(Vec::set(static_cast<float>(n)), repeat_quad(lane));
+}
+template <typename Op>
+inline Vec join_quads(const Vec (&r)[4], const Op& op) {
+  const Vec a =
+      op(Vec{_mm256_unpacklo_ps(r[0].v, r[1].v)}, Vec{_mm256_unpackhi_ps(r[0].v, r[1].v)});
+  const Vec b =
+      op(Vec{_mm256_unpacklo_ps(r[2].v, r[3].v)}, Vec{_mm256_unpackhi_ps(r[2].v, r[3].v)});
+  return op(Vec{_mm256_shuffle_ps(a.v, b.v, 0x44)}, Vec{_mm256_shuffle_ps(a.v, b.v, 0xee)});
 }
 inline void transpose_quads(Vec (&r)[4]) {
   __m256 v[4] = {r[0].v, r[1].v, r[2].v, r[3].v};
