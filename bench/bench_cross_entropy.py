@@ -76,25 +76,26 @@ def work(case, mode, dtype, batch):
 
 
 def as_in_training(dtype):
+    """To be entered in every step; made once, which takes longer than entering it."""
     return contextlib.nullcontext() if on_cuda() else autocast(dtype)
 
 
-def train_step(loss, case, dtype, logits, target):
-    with as_in_training(dtype):
+def train_step(loss, case, context, logits, target):
+    with context:
         value = loss(logits, target, label_smoothing=case.label_smoothing)
     return value, *torch.autograd.grad(value, logits)
 
 
-def graph_step(loss, case, dtype, logits, target):
-    with as_in_training(dtype):
+def graph_step(loss, case, context, logits, target):
+    with context:
         values = [
             loss(logits, target, label_smoothing=case.label_smoothing) for _ in range(IN_GRAPH)
         ]
     return *values, *torch.autograd.grad(values, logits)
 
 
-def infer_step(loss, case, dtype, logits, target):
-    with torch.no_grad(), as_in_training(dtype):
+def infer_step(loss, case, context, logits, target):
+    with torch.no_grad(), context:
         return (loss(logits, target, label_smoothing=case.label_smoothing),)
 
 
@@ -149,7 +150,7 @@ def make_sides(case, mode, dtype, batch, peers):
 
     def side(name):
         loss = losses[name.removesuffix("-graph")]
-        step = functools.partial(STEPS[mode], loss, case, dtype)
+        step = functools.partial(STEPS[mode], loss, case, as_in_training(dtype))
         tensors = data
         if name == "liger":
             tensors = [(x.detach().clone().requires_grad_(mode != "infer"), t) for x, t in data]
@@ -185,9 +186,9 @@ def check(case, mode, dtype, batch):
     logits, target = make_data(case, dtype, min(batch, MOST_CHECKED // case.classes))
     exact = logits.detach().double().requires_grad_()
     results = (
-        STEPS[mode](functional.cross_entropy, case, dtype, logits, target),
-        STEPS[mode](F.cross_entropy, case, dtype, logits, target),
-        STEPS[mode](F.cross_entropy, case, torch.float32, exact, target),
+        STEPS[mode](functional.cross_entropy, case, as_in_training(dtype), logits, target),
+        STEPS[mode](F.cross_entropy, case, as_in_training(dtype), logits, target),
+        STEPS[mode](F.cross_entropy, case, contextlib.nullcontext(), exact, target),
     )
     for ours, native, reference in zip(*results, strict=True):
         assert_error_within_twice_native(ours, [native], reference, f"{case.name} {mode}")

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
-# The GPU's clock counts half microseconds and its events take some: calls between two events go on
-# for as long as this, in seconds, or there are as many.
-BETWEEN_EVENTS, MOST_CALLS = 2e-4, 50
+# Calls go on for as long as this between two looks at the clock, in seconds, or there are as many:
+# the GPU's clock counts half microseconds, and a processor is slower right after other work.
+BETWEEN_LOOKS, MOST_CALLS = 2e-4, 50
 
 
 def alternate(benchmark, sides, seconds, threads):
-    """Times all sides in one run, one call of each per round, in random order.
+    """Times all sides in one run, each in every round, in random order; short calls several times.
 
     pytest-benchmark runs the first side; the others take their turns in its set-up, so that each
     of its rounds is a round of everybody. One thread is timed by the processor time it gets, which
@@ -38,32 +38,32 @@ def alternate(benchmark, sides, seconds, threads):
     warm = {name: _warm_up(call) for name, call in sides.items()}
     if not seconds:
         return None
+    calls = {n: min(MOST_CALLS, math.ceil(BETWEEN_LOOKS / warm[n])) for n in sides}
+    rounds = _rounds(seconds, sum(warm[n] * calls[n] for n in sides))
     if on_cuda():
-        return _alternate_on_cuda(sides, warm, seconds)
-    (first, target), *others = sides.items()
+        return _alternate_on_cuda(sides, calls, rounds)
+    first, *others = sides
     times = {name: [] for name in sides}
     clock = clock_of(threads)
     order = random.Random(0)
 
+    def turn_of(name):
+        times[name].append(seconds_of(sides[name], clock, calls[name]))
+
     def turns_of_others():
         order.shuffle(others)
-        for name, call in others:
-            times[name].append(seconds_of(call, clock))
+        for name in others:
+            turn_of(name)
 
-    benchmark().pedantic(
-        lambda: times[first].append(seconds_of(target, clock)),
-        setup=turns_of_others,
-        rounds=_rounds(seconds, sum(warm.values())),
-    )
+    benchmark().pedantic(lambda: turn_of(first), setup=turns_of_others, rounds=rounds)
     return _quartiles(times)
 
 
-def _alternate_on_cuda(sides, warm, seconds):
+def _alternate_on_cuda(sides, calls, rounds):
     """Without pytest-benchmark, whose clock is the wall's."""
-    calls = {n: min(MOST_CALLS, math.ceil(BETWEEN_EVENTS / warm[n])) for n in sides}
     times = {name: [] for name in sides}
     turns, order = list(sides.items()), random.Random(0)
-    for _ in range(_rounds(seconds, sum(warm[n] * calls[n] for n in sides))):
+    for _ in range(rounds):
         order.shuffle(turns)
         for name, call in turns:
             times[name].append(gpu_seconds_of(call, calls[name]) / steps_of(call))
@@ -87,13 +87,14 @@ def clock_of(threads):
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def seconds_of(call, clock=time.perf_counter):
-    """By ``clock``; on the GPU by its own."""
+def seconds_of(call, clock=time.perf_counter, calls=1):
+    """Of one of so many calls, by ``clock``; on the GPU by its own."""
     if on_cuda():
-        return gpu_seconds_of(call)
+        return gpu_seconds_of(call, calls)
     start = clock()
-    call()
-    return clock() - start
+    for _ in range(calls):
+        call()
+    return (clock() - start) / calls
 
 
 def gpu_seconds_of(call, calls=1):

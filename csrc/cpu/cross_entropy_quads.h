@@ -280,7 +280,6 @@ struct QuadTile {
 
   [[gnu::always_inline]] void load(Rows* r) const {
     const int64_t C = classes.count();
-    prefetch_tile(x(), C, 1, C);
     classes.load(x(), tile);
     if constexpr (!kIndex) classes.load(run.t + first * C, t);
     r->maximum = maxima(classes, tile);
@@ -373,7 +372,12 @@ void forward_quads(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
       return QuadTile<kSpread, K, T>{run, classes, first, tiles + i * C, t_tiles + i * C};
     };
     for (int64_t i = 0; i < count; ++i) tile(i).load(of_tile + i);
-    for (int64_t i = 0; i < count; ++i) tile(i).sum(of_tile + i);
+    for (int64_t i = 0; i < count; ++i) {
+      // The next tiles are asked for while exponentials leave memory alone.
+      const T* ahead = tile(i).x() + most * kLanes * C;
+      for (int64_t e = 0; e < kLanes * C; e += 64 / sizeof(T)) __builtin_prefetch(ahead + e);
+      tile(i).sum(of_tile + i);
+    }
     for (int64_t i = 0; i < count && run.grad; ++i) tile(i).write_gradient(of_tile[i]);
     for (int64_t i = 0; i < count && run.hits; ++i) {
       const int64_t first = tile(i).first;
