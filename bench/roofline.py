@@ -1,8 +1,8 @@
 """What this machine can do, measured: the arithmetic peak and the memory bandwidth.
 
-The peak is that of a large matrix product, the best that a tuned library reaches on all cores
-asked for; bandwidth is that of a copy far larger than the caches, counted as one read and one
-write. `python bench/roofline.py` prints both.
+The peak is that of a large matrix product or convolution, the best that a tuned library reaches on
+the cores asked for; bandwidth is that of a copy far larger than the caches, counted as one read and
+one write. `python bench/roofline.py` prints both.
 """
 
 import datetime
@@ -19,6 +19,7 @@ import fastcls
 
 MATRIX, SMALL_MATRIX = 2048, 256
 GPU_MATRIX = 8192
+CONV_BATCH, CONV_CHANNELS, CONV_MAP = 8, 256, 30
 COPY_BYTES, GPU_COPY_BYTES = 256 << 20, 1 << 30
 REPEATS = 5
 
@@ -34,9 +35,18 @@ def _matrix_product_rate(dtype, size):
     return 2 * size**3 / _best(lambda: a @ b)
 
 
+def _convolution_rate(dtype):
+    """Of PyTorch's other library: the matrix product of the first holds back on some processors."""
+    image = torch.randn(CONV_BATCH, CONV_CHANNELS, CONV_MAP, CONV_MAP).to(dtype)
+    weight = torch.randn(CONV_CHANNELS, CONV_CHANNELS, 3, 3).to(dtype)
+    image, weight = (t.to(memory_format=torch.channels_last) for t in (image, weight))
+    flops = 2 * CONV_BATCH * (CONV_MAP - 2) ** 2 * 9 * CONV_CHANNELS**2
+    return flops / _best(lambda: torch.conv2d(image, weight))
+
+
 @cache
 def peak_flops(name, threads):
-    """FLOP/s of the fastest matrix product in a row's dtype at this many threads.
+    """FLOP/s of the fastest matrix product or convolution in a row's dtype at this many threads.
 
     For half precision on a CPU that may be the float32 one: a machine without the instructions can
     always convert, so float32's peak is within its reach.
@@ -49,7 +59,7 @@ def peak_flops(name, threads):
                 return _matrix_product_rate(dtype, GPU_MATRIX)
         # Half precision without instructions for it can be a thousand times slower: try it small.
         fastest = max({torch.float32, dtype}, key=lambda d: _matrix_product_rate(d, SMALL_MATRIX))
-        return _matrix_product_rate(fastest, MATRIX)
+        return max(_matrix_product_rate(fastest, MATRIX), _convolution_rate(fastest))
 
     return _at_threads(threads, measured)
 
