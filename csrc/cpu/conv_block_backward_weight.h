@@ -92,20 +92,39 @@ inline ConvBlockShape patch_shape(const ConvBlockShape& s) {
   return patches;
 }
 
-// Do patches pay? Cycles per output channel and pooled output, from 2 loads a cycle, one of which
-// is the gradient's. Without patches two for each vector, which crosses a line. With them 3 for
-// each vector that is copied to a patch, and the sums of a channel are loaded and stored for each
-// tile of outputs whose patches fit the cache.
+// Cycles per output channel and pooled output of the sums over positions, from 2 loads a cycle, one
+// of which is the gradient's. Without patches two for each vector, which crosses a line. With them
+// 3 for each vector that is copied to a patch, and the sums of a channel are loaded and stored for
+// each tile of outputs whose patches fit the cache.
+struct PositionCycles {
+  double plain, patches;
+
+  explicit PositionCycles(const ConvBlockShape& s) {
+    const Runs runs(s);
+    const ConvBlockShape by_patch = patch_shape(s);
+    const double copied = double(runs.count * ((runs.length + L - 1) / L)),
+                 vecs = double(by_patch.C) / L;
+    const double positions = double(s.conv_h * s.conv_w) / double(s.K * s.out_h * s.out_w);
+    const OutputTile tile(by_patch);
+    const double per_tile = (20 + 1.5 * vecs) / double(tile.rows * tile.columns);
+    plain = (s.C % L == 0 ? copied / 2 : copied) + 1;
+    patches = vecs / 2 + 1 + per_tile + 3 * copied * positions;
+  }
+};
+
 inline bool patches_pay(const ConvBlockShape& s) {
-  if (s.C % L == 0) return false;
-  const Runs runs(s);
-  const ConvBlockShape patches = patch_shape(s);
-  const double copied = double(runs.count * ((runs.length + L - 1) / L)),
-               vecs = double(patches.C) / L;
-  const double positions = double(s.conv_h * s.conv_w) / double(s.K * s.out_h * s.out_w);
-  const OutputTile tile(patches);
-  const double per_tile = (20 + 1.5 * vecs) / double(tile.rows * tile.columns);
-  return vecs / 2 + 1 + per_tile + 3 * copied * positions < copied + 1;
+  const PositionCycles cycles(s);
+  return s.C % L != 0 && cycles.patches < cycles.plain;
+}
+
+// By columns 2 multiply-adds a cycle go over the whole map, and its gradient takes another 2
+// cycles.
+inline bool columns_are_cheaper(const ConvBlockShape& s) {
+  if (!columns_serve(s)) return false;
+  const double positions = 2 * double(map_columns(s)) / double(s.out_w);
+  const double columns = double(s.kernel_h * s.kernel_w * s.C) * positions / (2 * L) + 2;
+  const PositionCycles cycles(s);
+  return columns < (patches_pay(s) ? cycles.patches : cycles.plain);
 }
 
 // What a patch has of one run of the image.
@@ -439,6 +458,8 @@ template <typename T>
 void backward_weight(const ConvBlockShape& s, const View4<const T>& grad_out,
                      const View4<const T>& x, const uint8_t* winner, float* partial, int64_t chunk,
                      int64_t begin, int64_t end) {
+  if (columns_are_cheaper(s))
+    return backward_weight_columns<T>(s, grad_out, x, winner, partial, chunk, begin, end);
   WeightGradient<T> sum(s);
   if (dense_is_cheaper(s, sum.s.C % L == 0, sum.passes))
     return backward_weight_dense(s, grad_out, x, winner, partial, chunk, begin, end);

@@ -173,6 +173,8 @@ template <typename T>
 void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
              const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
              int64_t end) {
+  if (columns_serve(s) && !winograd_serves(s))
+    return forward_columns<T>(s, x, weight, bias, out, winner, band, begin, end);
   const int64_t padded_K = round_up(s.K, L);
   Scratch<float> packed_weight, packed_bias, u;
   packed_weight.reserve(padded_K * s.kernel_h * s.kernel_w * s.C);

@@ -4,11 +4,12 @@
 // The inner layout is channels-innermost float: an image band is packed once to zero-padded
 // [rows, width, C], after which no kernel looks at borders, strides or dtypes. Vectors run over
 // output channels in the forward pass and over a row of taps × input channels, which is one run of
-// memory, in the backward passes.
+// memory, in the backward passes; but over columns where channels are few (conv_block_columns.h).
 
 #include "cpu/conv_block_pack.h"
 #include "cpu/conv_block_operands.h"
 #include "cpu/conv_block_direct.h"
+#include "cpu/conv_block_columns.h"
 #include "cpu/conv_block_winograd.h"
 #include "cpu/conv_block_forward.h"
 #include "cpu/conv_block_products.h"
