@@ -1,11 +1,13 @@
 // Cross-entropy kernels over Vec; see cross_entropy_general.h for the maths. Included once per ISA,
 // after vec.h, vec_transpose.h and vec_math.h and in the same way.
 //
-//   tile       few classes, or strided ones: kLanes rows at once, one to a lane. Their logits are
-//              transposed into a tile [C] of vectors, and no sum crosses lanes.
+//   quads      rows one after the other, up to some 200 classes: kLanes rows at once. A vector has
+//              four adjacent logits of every fourth row.
+//   tile       other rows of few classes, or strided ones: kLanes rows at once, one to a lane. They
+//              are transposed into a tile [C] of vectors, and no sum crosses lanes.
 //   by class   many adjacent classes: kLanes classes of one row to a vector.
 //
-// Both end in the same last step, the loss, and calculate each exponential once: exp(x - maximum)
+// All end in the same last step, the loss, and calculate each exponential once: exp(x - maximum)
 // is kept until the row's sum is known.
 
 template <typename T>
@@ -58,7 +60,8 @@ void finish_rows(const Run<T>& run, int64_t first, int64_t rows, const Rows& r) 
 
 // ---- entry points
 
-// Up to here a tile is cheaper than the sums across lanes and the ragged ends of "by class".
+// Up to here a tile is cheaper than the sums across lanes and the ragged ends of "by class". Quads,
+// where they serve, are cheaper than both.
 constexpr int64_t kFewClasses = kLanes == 16 ? 64 : 96;
 constexpr int64_t kGroupedClasses = 512;
 

@@ -1,4 +1,4 @@
-// Cross-entropy of kLanes rows at once, one to a lane, for few classes or strided ones. Part of
+// Cross-entropy of kLanes rows at once, one to a lane, for rows of any strides. Part of
 // cross_entropy_kernels.h.
 
 // Copies rows [rows, C] of any strides into tile [C][kLanes]. Lanes without a row are 0.
