@@ -375,7 +375,8 @@ void add_kernel_row(const float* x, int64_t x_row, const float* g, int64_t g_cha
       for (int k = 0; k < kK; ++k) grad[k] = Vec::load(g + k * g_channel + r * g_row + w);
 #pragma GCC unroll 7
       for (int j = 0; j < kWidth; ++j) {
-        const Vec value = Vec::load(x + r * x_row + w + j);
+        Vec value = Vec::load(x + r * x_row + w + j);
+        keep_in_step(value);  // or it would be loaded for each channel
 #pragma GCC unroll 3
         for (int k = 0; k < kK; ++k) sum[k][j] = Vec::fma(grad[k], value, sum[k][j]);
       }
