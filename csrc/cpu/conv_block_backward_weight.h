@@ -71,10 +71,7 @@ struct ChannelMajor {
       offset.store(at.data + k * stride + p);
       sum = sum + value;
     }
-    float lanes[L], total = 0;
-    sum.store(lanes);
-    for (float lane : lanes) total += lane;
-    return total;
+    return sum_of_lanes(sum);
   }
 };
 
