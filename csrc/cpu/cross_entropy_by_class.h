@@ -187,9 +187,9 @@ void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* pow
     write_row_gradient<kSpread>(run, row, factor, g_y,
                                 [&](int64_t c) { return Vec::load(power + c); });
   }
-  finish_rows(run, first, rows,
-              {Vec::load(maximum), Vec::load(sum), Vec::load(q_sum), Vec::load(q_dot),
-               Vec::load(below_y), Vec::load(at_target)});
+  const Rows r{Vec::load(maximum), Vec::load(sum),     Vec::load(q_sum),
+               Vec::load(q_dot),   Vec::load(below_y), Vec::load(at_target)};
+  finish_rows(run, &r, 1, rows, [&](int64_t) { return first; });
 }
 
 template <Spread kSpread, typename T>

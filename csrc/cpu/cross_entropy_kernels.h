@@ -34,27 +34,42 @@ inline float target_weight(const Run<T>& run, int64_t y) {
 // waiting.
 constexpr int kTilesInStep = 8;
 
-// loss = sum of q (log_sum + maximum - x)
 template <typename T>
-void finish_rows(const Run<T>& run, int64_t first, int64_t rows, const Rows& r) {
-  const Vec log_sum = log(r.sum);
-  const Vec spread = Vec::fma(r.q_sum, log_sum, r.q_dot);
-  Vec::fma(r.at_target, log_sum - r.below_y, spread).store(run.loss + first);
-  if (!run.prob && !run.all_valid)
-    for (int64_t row = first; row < first + rows; ++row)
-      if (run.y[row] == kIgnored) run.loss[row] = 0;
-  if (!run.maximum) return;
+void save_rows(const Run<T>& run, int64_t first, int64_t rows, Vec maximum, Vec log_sum) {
   if (rows == kLanes) {
-    r.maximum.store(run.maximum + first), log_sum.store(run.log_sum + first);
+    maximum.store(run.maximum + first), log_sum.store(run.log_sum + first);
   } else {
-    store_part(run.maximum + first, rows, r.maximum),
-        store_part(run.log_sum + first, rows, log_sum);
+    store_part(run.maximum + first, rows, maximum), store_part(run.log_sum + first, rows, log_sum);
   }
+}
+
+// loss = sum of q (log_sum + maximum - x), in tiles of `rows` rows from first_of(tile) on. What few
+// calls need besides the losses has loops of its own: a call in a loop takes all vector registers.
+template <typename T, typename F>
+void finish_rows(const Run<T>& run, const Rows* of_tile, int64_t tiles, int64_t rows,
+                 const F& first_of) {
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Rows& r = of_tile[i];
+    const Vec log_sum = log(r.sum), spread = Vec::fma(r.q_sum, log_sum, r.q_dot);
+    Vec::fma(r.at_target, log_sum - r.below_y, spread).store(run.loss + first_of(i));
+  }
+  const auto for_each_row = [&](const auto& f) {
+    for (int64_t i = 0; i < tiles; ++i)
+      for (int64_t k = 0; k < rows; ++k) f(first_of(i) + k);
+  };
+  if (!run.prob && !run.all_valid)
+    for_each_row([&](int64_t row) {
+      if (run.y[row] == kIgnored) run.loss[row] = 0;
+    });
+  for (int64_t i = 0; i < tiles && run.maximum; ++i)
+    save_rows(run, first_of(i), rows, of_tile[i].maximum, log(of_tile[i].sum));
 }
 
 #include "cpu/cross_entropy_tile.h"
 
 #include "cpu/cross_entropy_quads.h"
+
+#include "cpu/cross_entropy_flat.h"
 
 #include "cpu/cross_entropy_by_class.h"
 
@@ -72,7 +87,9 @@ bool use_tile(const Run<T>& run) {
 
 template <Spread kSpread, typename T>
 void forward_rows_with(const Run<T>& run) {
-  const ForwardTiles<T> quads = quads_kernel<kSpread>(run);
+  ForwardTiles<T> quads = quads_kernel<kSpread>(run);
+  if constexpr (kSpread == Spread::kNone)
+    if (quads && !run.maximum) quads = flat_kernel<T>(run.C);
   if (!quads && !use_tile(run)) {
     // Several rows' logits and powers together stay in the first-level cache up to here.
     const int64_t group = run.C <= kGroupedClasses ? kLanes : 1;
@@ -87,8 +104,8 @@ void forward_rows_with(const Run<T>& run) {
   for (int64_t row = 0; row < run.rows; row += kTilesInStep * kLanes) {
     const int64_t end = std::min(run.rows, row + kTilesInStep * kLanes);
     forward(run, row, end, of_tile);
-    for (int64_t r = row, i = 0; r < end; r += kLanes, ++i)
-      finish_rows(run, std::min(r, run.rows - rows), rows, of_tile[i]);
+    const auto first_of = [&](int64_t i) { return std::min(row + i * kLanes, run.rows - rows); };
+    finish_rows(run, of_tile, (end - row + kLanes - 1) / kLanes, rows, first_of);
   }
 }
 

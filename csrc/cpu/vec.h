@@ -49,6 +49,7 @@ struct Vec {
   static Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
   static Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return a | b; }
+  static Mask both(Mask a, Mask b) { return a & b; }
   static unsigned bits(Mask m) { return m; }
   // The first n lanes.
   static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
@@ -116,6 +117,7 @@ struct Vec {
   static Mask is_nan(Vec a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
   static Mask unordered(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static unsigned bits(Mask m) { return _mm256_movemask_ps(m); }
   // The first n lanes.
   static Mask first(int n) {

@@ -2,6 +2,7 @@
 // the same way: inside an ISA's namespace and target region, without an include guard.
 
 constexpr int kLanes = Vec::kLanes;
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;  // as Vec::bits
 // Vectors that go through exp in step. Sixteen registers hold the constants and one.
 constexpr int kInStep = kLanes == 16 ? 4 : 1;
 
@@ -92,7 +93,7 @@ inline Vec log(Vec x) {
   return Vec::select(Vec::is_nan(x), x, y);
 }
 
-// e^x in place for x <= 1, -inf and NaN; 0 below the smallest normal number. x = n ln 2 + r with
+// e^x in place for x <= 88, -inf and NaN; 0 below the smallest normal number. x = n ln 2 + r with
 // |r| <= ln 2 / 2; e^x = 2^n (1 + r + r² P(r)). P has the least greatest relative error among
 // polynomials of its degree: 3.2e-9, a twentieth of what rounding adds. Adding 1.5 * 2^23 + 127
 // rounds to a whole number and leaves n + 127 in the lowest bits. Ten operations of the multiplying

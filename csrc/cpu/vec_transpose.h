@@ -286,6 +286,21 @@ inline Vec join_quads(const Vec (&r)[4], const Op& op) {
       op(Vec{_mm512_unpacklo_ps(r[2].v, r[3].v)}, Vec{_mm512_unpackhi_ps(r[2].v, r[3].v)});
   return op(Vec{_mm512_shuffle_ps(a.v, b.v, 0x44)}, Vec{_mm512_shuffle_ps(a.v, b.v, 0xee)});
 }
+// The sum of row i's lanes in lane i.
+inline Vec sum_lanes(const Vec (&rows)[16]) {
+  const auto add = [](Vec a, Vec b) { return Vec{a.v + b.v}; };
+  const auto four = [&](int i) {
+    return join_quads({rows[i], rows[i + 1], rows[i + 2], rows[i + 3]}, add);
+  };
+  const auto quarters = [&](Vec a, Vec b) {
+    return Vec{_mm512_shuffle_f32x4(a.v, b.v, 0x88) + _mm512_shuffle_f32x4(a.v, b.v, 0xdd)};
+  };
+  return quarters(quarters(four(0), four(4)), quarters(four(8), four(12)));
+}
+// Lanes x[lane[0]], x[lane[1]], …
+inline Vec pick_lanes(Vec x, const int32_t* lane) {
+  return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), x.v)};
+}
 // Transposes the 4 x 4 floats in each quarter.
 inline void transpose_quads(Vec (&r)[4]) {
   const __m512 a = _mm512_unpacklo_ps(r[0].v, r[1].v), b = _mm512_unpackhi_ps(r[0].v, r[1].v);
@@ -340,6 +355,18 @@ inline Vec join_quads(const Vec (&r)[4], const Op& op) {
   const Vec b =
       op(Vec{_mm256_unpacklo_ps(r[2].v, r[3].v)}, Vec{_mm256_unpackhi_ps(r[2].v, r[3].v)});
   return op(Vec{_mm256_shuffle_ps(a.v, b.v, 0x44)}, Vec{_mm256_shuffle_ps(a.v, b.v, 0xee)});
+}
+// The sum of row i's lanes in lane i.
+inline Vec sum_lanes(const Vec (&rows)[8]) {
+  const auto add = [](Vec a, Vec b) { return Vec{a.v + b.v}; };
+  const Vec a = join_quads({rows[0], rows[1], rows[2], rows[3]}, add);
+  const Vec b = join_quads({rows[4], rows[5], rows[6], rows[7]}, add);
+  return {_mm256_permute2f128_ps(a.v, b.v, 0x20) + _mm256_permute2f128_ps(a.v, b.v, 0x31)};
+}
+// Lanes x[lane[0]], x[lane[1]], …
+inline Vec pick_lanes(Vec x, const int32_t* lane) {
+  return {_mm256_permutevar8x32_ps(
+      x.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane)))};
 }
 inline void transpose_quads(Vec (&r)[4]) {
   __m256 v[4] = {r[0].v, r[1].v, r[2].v, r[3].v};
