@@ -6,20 +6,19 @@
 // p_y = exp(x_y) / sum as exact as with them, while no exponential overflows and neither the sum
 // nor p_y gets near 0. Tiles where one does are done again as quads, with maxima.
 
-constexpr float kGreatestLogit = 60;                   // exp(60) * kMaxTileClasses < 2^95
-constexpr float kLeastSum = 0x1p-60f;                  // far above what exp rounds to 0, 2^-126
+constexpr float kGreatestLogit = 60;   // exp(60) * kMaxTileClasses < 2^95
+constexpr float kLeastSum = 0x1p-60f;  // far above what exp rounds to 0, 2^-126
 constexpr float kLeastProbability = 0x1p-100f;
 
-// exp(x) of n logits, a multiple of kLanes, in `powers`. Returns the greatest logits, by lane. What
-// lies `ahead` is asked for: exponentials leave memory alone.
+// exp(x) of n logits, a multiple of kLanes, in `powers`. Returns the greatest logits, by lane.
+// Later logits are asked for: exponentials leave memory alone.
 template <typename T>
-[[gnu::always_inline]] inline Vec exponentials(const T* x, int64_t n, int64_t ahead,
-                                               float* powers) {
+[[gnu::always_inline]] inline Vec exponentials(const T* x, int64_t n, float* powers) {
   Vec greatest = Vec::set(-std::numeric_limits<float>::infinity());
   const auto step = [&](auto count, int64_t i) __attribute__((always_inline)) {
     Vec power[count];
     for (int k = 0; k < count; ++k) {
-      __builtin_prefetch(x + ahead + i + k * kLanes);
+      __builtin_prefetch(x + i + k * kLanes + kAheadBytes / sizeof(T));
       power[k] = Vec::load(x + i + k * kLanes);
       greatest = Vec::max(power[k], greatest);
     }
@@ -84,7 +83,8 @@ struct FewFlatClasses {
     const Vec zero = Vec::zero();
     repeat<C>(C, [&](int64_t j) __attribute__((always_inline)) {
       const int32_t* row = kFlatPlaces<C>.row + j * kLanes;
-      const auto hit = Vec::equal(pick_lanes(flat.targets, row), Vec::load(kFlatPlaces<C>.cls + j * kLanes));
+      const auto hit =
+          Vec::equal(pick_lanes(flat.targets, row), Vec::load(kFlatPlaces<C>.cls + j * kLanes));
       const Vec minus = Vec::select(hit, pick_lanes(flat.at_target, row), zero);
       put(grad + j * kLanes, pick_lanes(flat.factor, row) * Vec::load(powers + j * kLanes) - minus);
     });
@@ -188,7 +188,7 @@ template <typename K, typename T>
     return FlatTile<K, T>{run, classes, first + i * kLanes, powers + i * size};
   };
   for (int64_t i = 0; i < count; ++i)
-    greatest[i] = exponentials(tile(i).x(), size, count * size, powers + i * size);
+    greatest[i] = exponentials(tile(i).x(), size, powers + i * size);
   const auto sum = [&](auto plain, int64_t i) __attribute__((always_inline)) {
     const bool sure = tile(i).template sum<plain>(greatest[i], flat + i, of_tile + i);
     unsure |= static_cast<uint64_t>(!sure) << i;
@@ -226,9 +226,11 @@ ForwardTiles<T> few_flat_kernel(int64_t C, std::integer_sequence<int, kLess...>)
   return kKernels[C - 2];
 }
 
-// The kernel for rows that quads serve too and that save no maxima.
+// The kernel for contiguous rows of which no maxima are saved, or null.
 template <typename T>
-ForwardTiles<T> flat_kernel(int64_t C) {
+ForwardTiles<T> flat_kernel(const Run<T>& run) {
+  const int64_t C = run.C;
+  if (!in_tiles_as_they_lie(run) || run.maximum) return nullptr;
   if (C <= kMostKnown)
     return few_flat_kernel<T>(C, std::make_integer_sequence<int, kMostKnown - 1>{});
   if (C % 4 == 0) return &forward_flat<ManyFlatClasses<0>, T>;

@@ -86,11 +86,17 @@ bool use_tile(const Run<T>& run) {
 }
 
 template <Spread kSpread, typename T>
+ForwardTiles<T> tiles_kernel(const Run<T>& run) {
+  ForwardTiles<T> kernel = nullptr;
+  if constexpr (kSpread == Spread::kNone) kernel = flat_kernel(run);
+  if (!kernel) kernel = quads_kernel<kSpread>(run);
+  return kernel || !use_tile(run) ? kernel : &forward_tiles<kSpread, T>;
+}
+
+template <Spread kSpread, typename T>
 void forward_rows_with(const Run<T>& run) {
-  ForwardTiles<T> quads = quads_kernel<kSpread>(run);
-  if constexpr (kSpread == Spread::kNone)
-    if (quads && !run.maximum) quads = flat_kernel<T>(run.C);
-  if (!quads && !use_tile(run)) {
+  const ForwardTiles<T> forward = tiles_kernel<kSpread>(run);
+  if (!forward) {
     // Several rows' logits and powers together stay in the first-level cache up to here.
     const int64_t group = run.C <= kGroupedClasses ? kLanes : 1;
     std::vector<float> powers(run.grad && !std::is_same_v<T, float> ? group * run.C : 0);
@@ -98,7 +104,6 @@ void forward_rows_with(const Run<T>& run) {
       forward_by_class<kSpread>(run, row, std::min(group, run.rows - row), powers.data());
     return;
   }
-  const ForwardTiles<T> forward = quads ? quads : &forward_tiles<kSpread, T>;
   const int64_t rows = std::min<int64_t>(kLanes, run.rows);
   Rows of_tile[kTilesInStep];
   for (int64_t row = 0; row < run.rows; row += kTilesInStep * kLanes) {

@@ -403,13 +403,20 @@ constexpr int kMostKnown = 16;
 // Above that "by class" takes no longer, as long as its rows are.
 constexpr int kMostInQuads = kLanes == 16 ? 192 : kMaxTileClasses;
 
+// Do the rows follow each other, as many as a tile has at least, and is a tile wide enough?
+template <typename T>
+bool in_tiles_as_they_lie(const Run<T>& run) {
+  const int64_t C = run.C;
+  const bool contiguous = classes_are_adjacent(run) && run.x_row == C &&
+                          (!run.prob || run.t_row == C) && (!run.grad || run.grad_row == C);
+  return contiguous && run.rows >= kLanes && C >= 2 && C <= kMaxTileClasses;
+}
+
 // The kernel for contiguous rows, or null where another one is to take them.
 template <Spread kSpread, typename T>
 ForwardTiles<T> quads_kernel(const Run<T>& run) {
   const int64_t C = run.C;
-  const bool contiguous = classes_are_adjacent(run) && run.x_row == C &&
-                          (!run.prob || run.t_row == C) && (!run.grad || run.grad_row == C);
-  if (!contiguous || run.rows < kLanes || C < 2 || C > kMostInQuads) return nullptr;
+  if (!in_tiles_as_they_lie(run) || C > kMostInQuads) return nullptr;
   if (C <= kMostKnown) {
     constexpr std::make_integer_sequence<int, kMostKnown - 1> kLess;
     if constexpr (kSpread == Spread::kProbabilities)

@@ -365,8 +365,8 @@ inline Vec sum_lanes(const Vec (&rows)[8]) {
 }
 // Lanes x[lane[0]], x[lane[1]], …
 inline Vec pick_lanes(Vec x, const int32_t* lane) {
-  return {_mm256_permutevar8x32_ps(
-      x.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane)))};
+  return {
+      _mm256_permutevar8x32_ps(x.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane)))};
 }
 inline void transpose_quads(Vec (&r)[4]) {
   __m256 v[4] = {r[0].v, r[1].v, r[2].v, r[3].v};

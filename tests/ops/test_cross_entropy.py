@@ -259,6 +259,28 @@ def test_large_logits(device, magnitude, C):
     assert_like_native(input, torch.tensor([0, 1, C - 1], device=device), reduction="none")
 
 
+# What makes one row's exponentials overflow, vanish or lose digits unless its maximum is subtracted:
+# (what is added to all its logits, what its target gets).
+FAR_ROWS = [(59, None), (70, None), (1e4, None), (-45, None), (-1e4, None), (0, -80), (0, -100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", [2, 10, 16, 17, 100, 200])
+def test_one_row_among_others_is_far_from_zero(device, C, dtype):
+    input, target = make_case((16 * len(FAR_ROWS) + 5, C), "index", scale=10.0)
+    for row, (shift, at_target) in zip(range(3, len(input), 16), FAR_ROWS, strict=False):
+        input[row] += shift
+        if at_target:
+            input[row, target[row]] = at_target
+    input, target = input.to(device, dtype), target.to(device)
+    assert_like_native(input, target, class_weight(C, dtype, device), reduction="none")
+    ours = value_and_grad(cross_entropy, input, target, reduction="none")
+    exact = value_and_grad(reference.cross_entropy, input.double(), target, reduction="none")
+    eps = torch.finfo(dtype).eps
+    for mine, true in zip(ours, exact, strict=True):  # row by row: far rows hide errors of others
+        torch.testing.assert_close(mine.double(), true, rtol=8 * eps, atol=2 * eps)
+
+
 EDGE_ROWS = {
     "-inf beside the target": ([0.0, -INF, 1.0, 2.0, 3.0], 0),
     "-inf at the target": ([0.0, -INF, 1.0, 2.0, 3.0], 1),
