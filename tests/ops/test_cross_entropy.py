@@ -259,17 +259,26 @@ def test_large_logits(device, magnitude, C):
     assert_like_native(input, torch.tensor([0, 1, C - 1], device=device), reduction="none")
 
 
-# What makes one row's exponentials overflow, vanish or lose digits unless its maximum is subtracted:
-# (what is added to all its logits, what its target gets).
-FAR_ROWS = [(59, None), (70, None), (1e4, None), (-45, None), (-1e4, None), (0, -80), (0, -100)]
+# Rows whose exponentials overflow, vanish or lose digits unless the maximum is subtracted: factor
+# and shift of the logits, the target's own logit.
+FAR_ROWS = [
+    (1, 59, None),
+    (1, 70, None),
+    (1, 1e4, None),
+    (1, -45, None),
+    (0.03, -87.5, None),
+    (1, -1e4, None),
+    (1, 0, -80),
+    (1, 0, -100),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("C", [2, 10, 16, 17, 100, 200])
 def test_one_row_among_others_is_far_from_zero(device, C, dtype):
     input, target = make_case((16 * len(FAR_ROWS) + 5, C), "index", scale=10.0)
-    for row, (shift, at_target) in zip(range(3, len(input), 16), FAR_ROWS, strict=False):
-        input[row] += shift
+    for row, (factor, shift, at_target) in zip(range(3, len(input), 16), FAR_ROWS, strict=False):
+        input[row] = input[row] * factor + shift
         if at_target:
             input[row, target[row]] = at_target
     input, target = input.to(device, dtype), target.to(device)
