@@ -78,7 +78,7 @@ struct FewFlatClasses {
   }
 
   template <typename T>
-  [[gnu::always_inline]] static void write_gradient(const float* powers, const int64_t* y,
+  [[gnu::always_inline]] static void write_gradient(const float* powers, const int64_t*,
                                                     const FlatRows& flat, T* grad) {
     const Vec zero = Vec::zero();
     repeat<C>(C, [&](int64_t j) __attribute__((always_inline)) {

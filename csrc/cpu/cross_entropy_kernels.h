@@ -1,14 +1,16 @@
 // Cross-entropy kernels over Vec; see cross_entropy_general.h for the maths. Included once per ISA,
 // after vec.h, vec_transpose.h and vec_math.h and in the same way.
 //
-//   quads      rows one after the other, up to some 200 classes: kLanes rows at once. A vector has
-//              four adjacent logits of every fourth row.
+//   flat       index targets without smoothing, rows one after the other, up to 256 classes: kLanes
+//              rows at once, their logits in vectors as they lie in memory.
+//   quads      other targets of such rows, up to some 200 classes, and what flat can't do: kLanes
+//              rows at once. A vector has four adjacent logits of every fourth row.
 //   tile       other rows of few classes, or strided ones: kLanes rows at once, one to a lane. They
 //              are transposed into a tile [C] of vectors, and no sum crosses lanes.
 //   by class   many adjacent classes: kLanes classes of one row to a vector.
 //
-// All end in the same last step, the loss, and calculate each exponential once: exp(x - maximum)
-// is kept until the row's sum is known.
+// All end in the same last step, the loss, and calculate each exponential once: it is kept until
+// the row's sum is known.
 
 template <typename T>
 using Run = RowRun<T, T, float>;
@@ -16,7 +18,8 @@ using Run = RowRun<T, T, float>;
 // What the target spreads over all classes: nothing, smoothing, or its probabilities.
 enum class Spread { kNone, kSmoothing, kProbabilities };
 
-// Of kLanes rows.
+// Of kLanes rows. Where maximum is 0, sum may also be p_y, below_y 0 and at_target negative:
+// loss = -at_target log p_y.
 struct Rows {
   Vec maximum, sum;  // greatest logit, and sum of exp(x - maximum)
   Vec q_sum, q_dot;  // of the classes that Spread reaches: sums of q and of q (maximum - x)
