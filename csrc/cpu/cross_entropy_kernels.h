@@ -56,14 +56,9 @@ void finish_rows(const Run<T>& run, const Rows* of_tile, int64_t tiles, int64_t 
     const Vec log_sum = log(r.sum), spread = Vec::fma(r.q_sum, log_sum, r.q_dot);
     Vec::fma(r.at_target, log_sum - r.below_y, spread).store(run.loss + first_of(i));
   }
-  const auto for_each_row = [&](const auto& f) {
-    for (int64_t i = 0; i < tiles; ++i)
-      for (int64_t k = 0; k < rows; ++k) f(first_of(i) + k);
-  };
-  if (!run.prob && !run.all_valid)
-    for_each_row([&](int64_t row) {
+  for (int64_t i = 0; i < tiles && !run.prob && !run.all_valid; ++i)
+    for (int64_t row = first_of(i); row < first_of(i) + rows; ++row)
       if (run.y[row] == kIgnored) run.loss[row] = 0;
-    });
   for (int64_t i = 0; i < tiles && run.maximum; ++i)
     save_rows(run, first_of(i), rows, of_tile[i].maximum, log(of_tile[i].sum));
 }
