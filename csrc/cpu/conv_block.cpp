@@ -107,12 +107,14 @@ int64_t conv_block_path(const Tensor& input, const Tensor& weight, std::vector<i
   const ConvBlockShape s = check_conv_block(
       "conv_block_path", input, weight, std::nullopt,
       {stride, padding, dilation, groups, relu, pool_size, pool_stride, pool_padding, ceil_mode});
-  // The fast kernels share their rules among dtypes; float64 has none.
-  const auto kernels = fast_kernels<float>(s);
-  if (!kernels.forward || input.scalar_type() == ScalarType::Double)
-    return static_cast<int64_t>(ConvBlockPath::kGeneral);
-  return static_cast<int64_t>(kernels.winograd_serves(s) ? ConvBlockPath::kWinograd
-                                                         : ConvBlockPath::kDirect);
+  ConvBlockPath path = ConvBlockPath::kGeneral;
+  dispatch_types(input.scalar_type(), weight.scalar_type(), [&](auto t, auto, auto) {
+    using T = decltype(t);
+    if constexpr (!std::is_same_v<T, double>)
+      if (const auto kernels = fast_kernels<T>(s); kernels.forward)
+        path = kernels.winograd_serves(s) ? ConvBlockPath::kWinograd : ConvBlockPath::kDirect;
+  });
+  return static_cast<int64_t>(path);
 }
 
 std::tuple<Tensor, Tensor> conv_block_forward(

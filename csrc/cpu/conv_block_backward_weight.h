@@ -129,19 +129,23 @@ struct Piece {
   int64_t from, to, length;
 };
 
+inline void copy_lanes(const Operand* from, Operand* to) {
+  std::memcpy(to, from, L * sizeof(Operand));
+}
+
 // Row [positions, width] of patches; kPieces is their number where every one fits a vector, else 0.
 template <int kPieces>
-void pack_patch_row(const std::vector<Piece>& pieces, const float* src, int64_t step,
-                    int64_t positions, float* dst, int64_t width) {
+void pack_patch_row(const std::vector<Piece>& pieces, const Operand* src, int64_t step,
+                    int64_t positions, Operand* dst, int64_t width) {
   for (int64_t w = 0; w < positions; ++w, src += step, dst += width)
     if constexpr (kPieces > 0) {
       const Piece* piece = pieces.data();
 #pragma GCC unroll 5
-      for (int i = 0; i < kPieces; ++i) Vec::load(src + piece[i].from).store(dst + piece[i].to);
+      for (int i = 0; i < kPieces; ++i) copy_lanes(src + piece[i].from, dst + piece[i].to);
     } else {
       for (const Piece& piece : pieces)
         for (int64_t e = 0; e < piece.length; e += L)
-          Vec::load(src + piece.from + e).store(dst + piece.to + e);
+          copy_lanes(src + piece.from + e, dst + piece.to + e);
     }
 }
 
@@ -149,8 +153,8 @@ void pack_patch_row(const std::vector<Piece>& pieces, const float* src, int64_t 
 // the packed image, whose rows are those under `begin` on. Ascending: what a copy writes past a run
 // is written again, or means nothing. What pads a patch is left as it is: it must not be what was
 // in memory before, where it might be denormal, at which a multiply-add takes a hundred cycles.
-inline void pack_patches(const ConvBlockShape& s, const Runs& runs, const float* image,
-                         int64_t begin, int64_t end, int64_t first, int64_t width, float* dst) {
+inline void pack_patches(const ConvBlockShape& s, const Runs& runs, const Operand* image,
+                         int64_t begin, int64_t end, int64_t first, int64_t width, Operand* dst) {
   std::vector<Piece> pieces;
   bool short_ones = true;
   for (int64_t r = 0; r < runs.count; ++r) {
@@ -176,7 +180,7 @@ struct PositionInput {
   const ConvBlockShape shape;  // what the sums work on
   const int64_t elements;      // in a row of dW
   const Runs runs;             // of the image
-  Scratch<float> packed;
+  Scratch<Operand> packed;
 
   explicit PositionInput(const ConvBlockShape& s)
       : image(s),
@@ -192,7 +196,7 @@ struct PositionInput {
   // Channels [first, first + group.C) under pooled rows [p0, p1) of image n; `channels` of them are
   // there.
   void pack(const ConvBlockShape& group, const View4<const T>& x, int64_t n, int64_t p0, int64_t p1,
-            int64_t first, int64_t channels, float* dst) const {
+            int64_t first, int64_t channels, Operand* dst) const {
     const Band rows(image, p0, p1);
     if (!patches)
       return pack_band(group, x.from_channel(first), channels, n, rows.first, rows.rows, dst);
@@ -355,7 +359,7 @@ struct WeightGradient {
   const int64_t group_floats;  // of dW, one group of input channels
   int64_t packed_size;
   Scratch<Operand> packed;
-  Scratch<float> wide, dw, db;
+  Scratch<float> dw, db;
   ChannelMajor grads;
 
   explicit WeightGradient(const ConvBlockShape& shape)
@@ -372,10 +376,6 @@ struct WeightGradient {
     packed_size = packed_floats(groups.shape, rows);
     packed.reserve(images * packed_size);
     std::fill_n(packed.data, images * packed_size, static_cast<Operand>(0.f));
-    if (kNarrow) {
-      wide.reserve(packed_size);
-      std::fill_n(wide.data, packed_size, 0.f);
-    }
     input.reserve(rows);
     grads.reserve(groups.shape, s.K, images * rows * s.out_w);
     dw.reserve(groups.count * group_floats);
@@ -413,10 +413,7 @@ struct WeightGradient {
 
   void pack(const View4<const T>& x, int64_t n, int64_t p0, int64_t p1, int64_t group,
             Operand* to) {
-    const int64_t first = groups.begin(group), channels = groups.width(group, s.C);
-    float* floats = floats_for(to, wide.data);
-    input.pack(groups.shape, x, n, p0, p1, first, channels, floats);
-    narrow(floats, packed_floats(groups.shape, p1 - p0), to);
+    input.pack(groups.shape, x, n, p0, p1, groups.begin(group), groups.width(group, s.C), to);
   }
 
   // Adds `count` outputs from place `at` of the list on.

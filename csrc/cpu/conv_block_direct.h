@@ -9,9 +9,10 @@ inline bool has_no_pool(const ConvBlockShape& s) {
   return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
 }
 // Does Winograd's algorithm pay? There are at least 16 input channels to spread the transforms
-// over, in whole vectors.
+// over, in whole vectors, and its 16 products of floats are fewer than 36 / 2 of pairs, without
+// their transforms, would be.
 inline bool winograd_serves(const ConvBlockShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+  return !kNarrow && s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
          s.dilation_h == 1 && s.dilation_w == 1 && (windows_are_2x2(s) || has_no_pool(s)) &&
          s.C % L == 0 && s.C >= 16 && s.K >= 16;
 }
@@ -41,7 +42,8 @@ constexpr int kMinRowPixels = 4;
 struct ChannelBlocks {
   int64_t vecs, count;
   explicit ChannelBlocks(const ConvBlockShape& s) : vecs((s.K + L - 1) / L) {
-    const int64_t most = windows_are_2x2(s) || winograd_serves(s) ? kMaxVecs : kMaxRowVecs;
+    const bool few_pixels = winograd_serves(s) || (windows_are_2x2(s) && !kNarrow);
+    const int64_t most = few_pixels ? kMaxVecs : kMaxRowVecs;
     count = (vecs + most - 1) / most;
   }
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
@@ -114,7 +116,7 @@ template <int kVecs, typename Taps = AnyTaps, int kCount = kPixels<kVecs>, typen
     const auto add = [&](const auto& value_at, int64_t e) __attribute__((always_inline)) {
       decltype(load_lanes(w)) weight[kVecs];
       for (int v = 0; v < kVecs; ++v) weight[v] = load_lanes(w + v * L * kPerLane<E>);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
       for (int p = 0; p < kCount; ++p) {
         const auto value = value_at(four[p % 4] + e + p / 4 * at.four);
         for (int v = 0; v < kVecs; ++v) add_product(value, weight[v], sum[p][v]);
@@ -251,45 +253,71 @@ inline int64_t tile_begin(int64_t at, int64_t tile, int64_t count) {
   return std::max<int64_t>(std::min(at, count - tile), 0);
 }
 
+// The most windows side by side in a tile. A sum of pairs is ready for its next addition after 6
+// cycles, in which 12 can be made: three windows by two vectors are 24 sums in 27 registers.
+template <int kVecs, typename E>
+constexpr int kMaxWindows = kPerLane<E> == 1 ? kPixels<kVecs> / 4
+                            : kVecs == 1     ? 4
+                                             : 3;
+
+// Calls f(first window, integral_constant of their number) for tiles of at most kMost windows, as
+// few as can be and as equal as possible.
+template <int kMost, typename F>
+[[gnu::always_inline]] inline void for_window_tiles(int64_t windows, const F& f) {
+  const int64_t tiles = (windows + kMost - 1) / kMost;
+  for (int64_t i = 0, first = 0; i < tiles; ++i) {
+    const int64_t count = windows / tiles + (i < windows % tiles);
+    if (count == 1) f(first, std::integral_constant<int, 1>{});
+    if constexpr (kMost > 1)
+      if (count == 2) f(first, std::integral_constant<int, 2>{});
+    if constexpr (kMost > 2)
+      if (count == 3) f(first, std::integral_constant<int, 3>{});
+    if constexpr (kMost > 3)
+      if (count == 4) f(first, std::integral_constant<int, 4>{});
+    first += count;
+  }
+}
+
 // Pool and ReLU for one block of channels, given the band's packed input.
 template <int kVecs, typename Taps, typename E>
 void windows_2x2(const ConvBlockShape& s, const E* x, const Runs& runs, const E* w,
                  const float* bias, int64_t rows, const Results to) {
   const bool relu = s.relu;
   const int64_t out_w = s.out_w;
-  constexpr int kWindows = kPixels<kVecs> / 4;
   const int64_t row = (s.W + 2 * s.pad_w) * s.C * s.stride_h, step = s.stride_w * s.C;
-  const auto store = [&](int64_t ph, int64_t first, const Tile<kVecs>& tile, auto place) {
-#pragma GCC unroll 2
-    for (int i = 0; i < kWindows; ++i)
-      if (first + i < out_w)
+  // The first `wanted` of a tile's windows, from pooled pixel `pixel` on.
+  const auto store = [&](auto windows, auto wanted, int64_t pixel, const auto& tile, auto place) {
+#pragma GCC unroll 4
+    for (int i = 0; i < windows; ++i)
+      if (i < wanted)
         for (int v = 0; v < kVecs; ++v) {
           const Vec y[4] = {tile.sum[place(i, 0)][v], tile.sum[place(i, 1)][v],
                             tile.sum[place(i, 2)][v], tile.sum[place(i, 3)][v]};
-          store_window(relu, y, to, ph * out_w + first + i, v);
+          store_window(relu, y, to, pixel + i, v);
         }
   };
   if constexpr (kWeightsStay<kVecs, Taps> && std::is_same_v<E, float>)
     if (has_plain_taps(s)) {
-      constexpr int kCols = 2 * kWindows;
+      constexpr int kWindows = kPixels<kVecs> / 4, kCols = 2 * kWindows;
       const Weights<kVecs, Taps> weights(w);
       for (int64_t ph = 0; ph < rows; ++ph)
         for (int64_t pw = 0; pw < out_w; pw += kWindows) {
           const int64_t first = tile_begin(pw, kWindows, out_w);
           Tile<kVecs> tile;
           conv_patch<kVecs, Taps>(x + 2 * ph * row + 2 * first * step, row, weights, bias, tile);
-          store(ph, first, tile, [](int i, int q) { return q / 2 * kCols + 2 * i + q % 2; });
+          store(std::integral_constant<int, kWindows>{}, out_w - first, ph * out_w + first, tile,
+                [](int i, int q) { return q / 2 * kCols + 2 * i + q % 2; });
         }
       return;
     }
   for (int64_t ph = 0; ph < rows; ++ph)
-    for (int64_t pw = 0; pw < out_w; pw += kWindows) {
-      const int64_t first = tile_begin(pw, kWindows, out_w);
-      Tile<kVecs> tile;
-      conv_tile<kVecs, Taps>(x + 2 * ph * row + 2 * first * step, {step, row, 2 * step}, runs, w,
-                             bias, tile);
-      store(ph, first, tile, [](int i, int q) { return 4 * i + q; });
-    }
+    for_window_tiles<kMaxWindows<kVecs, E>>(
+        out_w, [&](int64_t first, auto windows) __attribute__((always_inline)) {
+          Tile<kVecs, 4 * windows> tile;
+          conv_tile<kVecs, Taps, 4 * windows>(x + 2 * ph * row + 2 * first * step,
+                                              {step, row, 2 * step}, runs, w, bias, tile);
+          store(windows, windows, ph * out_w + first, tile, [](int i, int q) { return 4 * i + q; });
+        });
 }
 
 // Calls f(integral_constant of the positions in a tile): as few tiles to a row of the conv map as

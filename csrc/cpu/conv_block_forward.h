@@ -68,6 +68,15 @@ inline int64_t images_in_group(const ConvBlockShape& s, int64_t bands, int64_t p
   return bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, most);
 }
 
+// Asks for image n, which is dense, while the one before it is worked on: small images leave no
+// time for the processor's own prefetching. (Those of one channel are so small that it does.)
+template <typename T>
+void ask_for_image(const ConvBlockShape& s, const View4<const T>& x, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* image = x.at(n, 0, 0, 0);
+  for (int64_t i = 0; i < s.C * s.H * s.W; i += kLine) __builtin_prefetch(image + i, 0, 2);
+}
+
 template <typename T, typename E>
 void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* weight,
                     const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
@@ -75,12 +84,12 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
   const Runs runs(s);
   const ChannelBlocks blocks(s);
   const int64_t bands = (s.out_h + band - 1) / band;
+  const bool whole_images = bands == 1 && s.C > 1;
   Scratch<E> packed;
-  Scratch<float> wide, conv;
+  Scratch<float> conv;
   Home<T> home(s, out, winner, band * s.out_w);
   // A tile over a row shorter than itself reads past it; those sums are dropped.
   packed.reserve(packed_floats(s, band) + kMaxRowPixels<1> * s.stride_w * s.C);
-  if (kPerLane<E> > 1) wide.reserve(packed_floats(s, band));
   if (needs_conv_rows(s))
     conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxRowVecs * L);
 
@@ -88,9 +97,8 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
     const int64_t n = unit / bands, p0 = unit % bands * band;
     const int64_t rows = std::min(band, s.out_h - p0);
     const Band input(s, p0, p0 + rows);
-    float* floats = floats_for(packed.data, wide.data);
-    pack_band(s, x, s.C, n, input.first, input.rows, floats);
-    narrow(floats, input.rows * (s.W + 2 * s.pad_w) * s.C, packed.data);
+    pack_band(s, x, s.C, n, input.first, input.rows, packed.data);
+    if (whole_images && unit + 1 < end) ask_for_image(s, x, n + 1);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t k0 = blocks.begin(b) * L;
       const E* w = weight + blocks.begin(b) * weights_of_vec<E>(runs);

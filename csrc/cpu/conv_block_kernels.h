@@ -6,8 +6,8 @@
 // output channels in the forward pass and over a row of taps × input channels, which is one run of
 // memory, in the backward passes; but over columns where channels are few (conv_block_columns.h).
 
-#include "cpu/conv_block_pack.h"
 #include "cpu/conv_block_operands.h"
+#include "cpu/conv_block_pack.h"
 #include "cpu/conv_block_direct.h"
 #include "cpu/conv_block_columns.h"
 #include "cpu/conv_block_winograd.h"

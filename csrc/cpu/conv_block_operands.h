@@ -5,6 +5,8 @@
 // in float. A bfloat16 input and gradient lose nothing by it; a float32 weight is rounded, as
 // autocast rounds it for PyTorch's own layers. Numbers below 2^-126 count as 0.
 
+constexpr int L = Vec::kLanes;
+
 #if defined(FASTCLS_AVX512_BF16)
 using Operand = BFloat16;
 #else
@@ -32,12 +34,10 @@ template <typename E>
   sum = Vec::fma(a, b, sum);
 }
 
-// Floats are operands where they are. Of others: the operands of the floats at `wide`, and the
-// floats that become the operands `to`.
+// Floats are operands where they are; others of the floats at `wide` have a place of their own.
 inline float* operands_of(float* wide, float*) { return wide; }
-inline float* floats_for(float* to, float*) { return to; }
-inline void narrow(const float*, int64_t, float*) {}
 [[gnu::always_inline]] inline void store_operands(Vec x, float* to) { x.store(to); }
+[[gnu::always_inline]] inline void store_operands8(__m256 x, float* to) { store8(to, x); }
 
 #if defined(FASTCLS_AVX512_BF16)
 
@@ -57,16 +57,11 @@ inline void narrow(const float*, int64_t, float*) {}
 }
 
 inline BFloat16* operands_of(float*, BFloat16* narrow) { return narrow; }
-inline float* floats_for(BFloat16*, float* wide) { return wide; }
-// Writes whole vectors; what bfloat16 cannot hold is rounded.
-inline void narrow(const float* from, int64_t n, BFloat16* to) {
-  for (int64_t i = 0; i < n; i += 2 * L) {
-    const __m512 low = _mm512_loadu_ps(from + i), high = _mm512_loadu_ps(from + i + L);
-    _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-}
 [[gnu::always_inline]] inline void store_operands(Vec x, BFloat16* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
+}
+[[gnu::always_inline]] inline void store_operands8(__m256 x, BFloat16* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh(x));
 }
 
 #endif

@@ -1,7 +1,5 @@
 // Packing and unpacking of the conv block over Vec; part of conv_block_kernels.h.
 
-constexpr int L = Vec::kLanes;
-
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Scratch memory, aligned to a cache line, with room for one vector read past the end. What was
@@ -55,9 +53,9 @@ void for_squares(int64_t channels, int64_t pixels, const Pixels& layout, const F
 // Whole cache lines on both sides. The channels are runs of memory whose beginnings no prefetcher
 // guesses, so that those of the next block of channels are asked for while this one is moved; past
 // the last one comes the next image, or nothing that matters.
-template <typename S>
+template <typename S, typename E>
 void channels_to_pixels_16(const S* src, int64_t channel_stride, int64_t channels, int64_t pixels,
-                           float* dst, const Pixels& layout) {
+                           E* dst, const Pixels& layout) {
   for_squares<16>(channels, pixels, layout, [&](int64_t c, int64_t p, const int64_t (&at)[16]) {
     const S* from = src + c * channel_stride + p;
     __m512 lanes[16];
@@ -66,7 +64,7 @@ void channels_to_pixels_16(const S* src, int64_t channel_stride, int64_t channel
       __builtin_prefetch(from + (e + 16) * channel_stride, 0, 2);
     }
     transpose16(lanes);
-    for (int e = 0; e < 16; ++e) _mm512_storeu_ps(dst + at[e] + c, lanes[e]);
+    for (int e = 0; e < 16; ++e) store_operands({lanes[e]}, dst + at[e] + c);
   });
 }
 
@@ -85,8 +83,8 @@ void pixels_to_channels_16(const S* src, const Pixels& layout, int64_t channels,
 // Rows of 3 channels: pixel by pixel R G B from three runs. Lane l of output vector v is float
 // 16 v + l of the pixels, which is channel (16 v + l) % 3 of pixel (16 v + l) / 3: of the first two
 // channels by one permutation, of the third by another. The last block overlaps the one before.
-template <typename S>
-void rgb_to_pixels(const S* src, int64_t channel_stride, int64_t rows, float* dst,
+template <typename S, typename E>
+void rgb_to_pixels(const S* src, int64_t channel_stride, int64_t rows, E* dst,
                    const Pixels& layout) {
   __m512i place[3];
   __mmask16 is_third[3];
@@ -107,8 +105,8 @@ void rgb_to_pixels(const S* src, int64_t channel_stride, int64_t rows, float* ds
       const __m512 blue = Vec::load(src + 2 * channel_stride + p).v;
       for (int v = 0; v < 3; ++v) {
         const __m512 both = _mm512_permutex2var_ps(red, place[v], green);
-        _mm512_storeu_ps(dst + 3 * p + 16 * v,
-                         _mm512_mask_permutexvar_ps(both, is_third[v], place[v], blue));
+        store_operands({_mm512_mask_permutexvar_ps(both, is_third[v], place[v], blue)},
+                       dst + 3 * p + 16 * v);
       }
     }
 }
@@ -118,13 +116,13 @@ void rgb_to_pixels(const S* src, int64_t channel_stride, int64_t rows, float* ds
 // dst[layout.offset(p) + c] = src[c · channel_stride + p]. Fewer than 8 channels are followed by
 // zeros up to 8, in ascending order of pixels: what comes after them is still to be written, or
 // padding.
-template <typename S>
+template <typename S, typename E>
 void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, int64_t pixels,
-                        float* dst, const Pixels& layout) {
+                        E* dst, const Pixels& layout) {
   if (pixels < 8) {
     for (int64_t p = 0; p < pixels; ++p)
       for (int64_t c = 0, at = layout.offset(p); c < channels; ++c)
-        dst[at + c] = static_cast<float>(src[c * channel_stride + p]);
+        dst[at + c] = static_cast<E>(static_cast<float>(src[c * channel_stride + p]));
     return;
   }
 #if defined(FASTCLS_AVX512)
@@ -139,7 +137,7 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
     for (int e = 0; e < 8; ++e)
       lanes[e] = e < rows ? load8(src + (c + e) * channel_stride + p) : _mm256_setzero_ps();
     transpose8(lanes);
-    for (int e = 0; e < 8; ++e) store8(dst + at[e] + c, lanes[e]);
+    for (int e = 0; e < 8; ++e) store_operands8(lanes[e], dst + at[e] + c);
   });
 }
 
@@ -183,13 +181,17 @@ void copy_row(const S* src, int64_t n, D* dst) {
   for (; i + 8 <= n; i += 8) store8(dst + i, load8(src + i));
   for (; i < n; ++i) dst[i] = static_cast<D>(static_cast<float>(src[i]));
 }
+template <typename T>
+void copy_row(const T* src, int64_t n, T* dst) {
+  std::copy_n(src, n, dst);
+}
 
 // ---------------------------------------------------------------------------- packing, unpacking
 
 // Channels-innermost copy of `rows` rows of image n.
-template <typename T>
+template <typename T, typename E>
 void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows, int64_t channels,
-                 float* dst, const Pixels& layout) {
+                 E* dst, const Pixels& layout) {
   const int64_t width = layout.width;
   if (x.w == 1 && x.h == width && channels > 1)  // each channel is one run of memory
     return channels_to_pixels(x.at(n, 0, first, 0), x.c, channels, rows * width, dst, layout);
@@ -203,25 +205,31 @@ void pack_pixels(const View4<const T>& x, int64_t n, int64_t first, int64_t rows
     else
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t w = 0; w < width; ++w)
-          dst[w * layout.pixel_stride + c] = static_cast<float>(src[c * x.c + w * x.w]);
+          dst[w * layout.pixel_stride + c] =
+              static_cast<E>(static_cast<float>(src[c * x.c + w * x.w]));
   }
+}
+
+template <typename E>
+void fill_zero(E* to, int64_t n) {
+  std::memset(static_cast<void*>(to), 0, n * sizeof(E));
 }
 
 // Rows [first, first + rows) of the zero-padded image, counted from the top of the padding. Pixels
 // are s.C wide; the first `channels` of each are written.
-template <typename T>
+template <typename T, typename E>
 void pack_band(const ConvBlockShape& s, const View4<const T>& x, int64_t channels, int64_t n,
-               int64_t first, int64_t rows, float* dst) {
+               int64_t first, int64_t rows, E* dst) {
   const int64_t row_stride = (s.W + 2 * s.pad_w) * s.C;
   const int64_t top = std::clamp<int64_t>(s.pad_h - first, 0, rows);
   const int64_t inside = std::clamp<int64_t>(s.pad_h + s.H - first, top, rows) - top;
-  std::fill_n(dst, top * row_stride, 0.f);
-  std::fill_n(dst + (top + inside) * row_stride, (rows - top - inside) * row_stride, 0.f);
-  float* body = dst + top * row_stride;
+  fill_zero(dst, top * row_stride);
+  fill_zero(dst + (top + inside) * row_stride, (rows - top - inside) * row_stride);
+  E* body = dst + top * row_stride;
   if (s.pad_w > 0)
     for (int64_t r = 0; r < inside; ++r) {
-      std::fill_n(body + r * row_stride, s.pad_w * s.C, 0.f);
-      std::fill_n(body + (r + 1) * row_stride - s.pad_w * s.C, s.pad_w * s.C, 0.f);
+      fill_zero(body + r * row_stride, s.pad_w * s.C);
+      fill_zero(body + (r + 1) * row_stride - s.pad_w * s.C, s.pad_w * s.C);
     }
   pack_pixels(x, n, first + top - s.pad_h, inside, channels, body + s.pad_w * s.C,
               {s.W, row_stride, s.C});

@@ -26,12 +26,21 @@ bool supported(Isa isa) {
   return isa == Isa::kScalar;
 }
 
+// Is it the best choice where it is supported? Intel's processors multiply pairs more slowly than
+// floats (github.com/libxsmm/tpp-mlir/pull/1025).
+bool pays(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512Bf16) return __builtin_cpu_is("amd");
+#endif
+  return true;
+}
+
 Isa choose() {
   constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
   const char* wanted = std::getenv("FASTCLS_ISA");
   for (Isa isa : kBestFirst) {
     if (wanted == nullptr || *wanted == '\0') {
-      if (supported(isa)) return isa;
+      if (supported(isa) && pays(isa)) return isa;
     } else if (std::string(wanted) == isa_name(isa)) {
       if (supported(isa)) return isa;
       throw std::runtime_error(std::string("FASTCLS_ISA: this CPU does not support ") + wanted);
