@@ -21,29 +21,28 @@ inline bool needs_conv_rows(const ConvBlockShape& s) {
   return !windows_are_2x2(s) && !has_no_pool(s);
 }
 
-// Register tile: kPixels conv-map positions × kVecs vectors of output channels. AVX2 has 16
-// registers: 4 · 3 sums + 3 weights + 1 broadcast = 16. AVX-512 has 32: 4 · 4 + 4 + 1 = 21. With
-// one vector of channels there are 8 positions: a sum is ready for its next addition after 4
-// cycles, in which 8 can be made.
+// Register tiles: conv-map positions × kVecs vectors of output channels. AVX2 has 16 registers:
+// 4 · 3 sums + 3 weights + 1 broadcast = 16. AVX-512 has 32: 12 · 2 + 2 + 1 = 27. A sum of floats
+// is ready for its next addition after 4 cycles, in which 8 can be made; one of pairs after 6, in
+// which 12 can. A large kernel's weights come from the second-level cache for every tile: the more
+// positions it has, the fewer bytes there are to a multiply-add. A row takes what fills it.
+constexpr int kMaxVecs = L == 16 ? 2 : 3;
+template <int kVecs>
+constexpr int kMaxPixels = L == 16      ? (kVecs == 1 ? 16 : 12)
+                           : kVecs == 1 ? 8
+                                        : 4;
+constexpr int kMinPixels = 4;
+
+// Where the taps are unrolled, or Winograd's algorithm gives way to the direct sum.
 template <int kVecs>
 constexpr int kPixels = kVecs == 1 ? 8 : 4;
-constexpr int kMaxVecs = L == 16 ? 4 : 3;
-
-// The same where the positions are those of a row: with AVX-512 12 · 2 + 2 + 1 = 27 registers. A
-// large kernel's weights come from the second-level cache for every tile: the more positions it
-// has, the fewer bytes there are to a multiply-add. Of kMaxRowPixels and less, a row takes what
-// fills it.
-constexpr int kMaxRowVecs = L == 16 ? 2 : 3;
-template <int kVecs>
-constexpr int kMaxRowPixels = L == 16 ? 12 : kPixels<kVecs>;
-constexpr int kMinRowPixels = 4;
+constexpr int kWinogradVecs = L == 16 ? 4 : 3;
 
 // Blocks of output channels, as equal as possible.
 struct ChannelBlocks {
   int64_t vecs, count;
   explicit ChannelBlocks(const ConvBlockShape& s) : vecs((s.K + L - 1) / L) {
-    const bool few_pixels = winograd_serves(s) || (windows_are_2x2(s) && !kNarrow);
-    const int64_t most = few_pixels ? kMaxVecs : kMaxRowVecs;
+    const int64_t most = winograd_serves(s) ? kWinogradVecs : kMaxVecs;
     count = (vecs + most - 1) / most;
   }
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
@@ -253,13 +252,6 @@ inline int64_t tile_begin(int64_t at, int64_t tile, int64_t count) {
   return std::max<int64_t>(std::min(at, count - tile), 0);
 }
 
-// The most windows side by side in a tile. A sum of pairs is ready for its next addition after 6
-// cycles, in which 12 can be made: three windows by two vectors are 24 sums in 27 registers.
-template <int kVecs, typename E>
-constexpr int kMaxWindows = kPerLane<E> == 1 ? kPixels<kVecs> / 4
-                            : kVecs == 1     ? 4
-                                             : 3;
-
 // Calls f(first window, integral_constant of their number) for tiles of at most kMost windows, as
 // few as can be and as equal as possible.
 template <int kMost, typename F>
@@ -311,7 +303,7 @@ void windows_2x2(const ConvBlockShape& s, const E* x, const Runs& runs, const E*
       return;
     }
   for (int64_t ph = 0; ph < rows; ++ph)
-    for_window_tiles<kMaxWindows<kVecs, E>>(
+    for_window_tiles<kMaxPixels<kVecs> / 4>(
         out_w, [&](int64_t first, auto windows) __attribute__((always_inline)) {
           Tile<kVecs, 4 * windows> tile;
           conv_tile<kVecs, Taps, 4 * windows>(x + 2 * ph * row + 2 * first * step,
@@ -322,11 +314,11 @@ void windows_2x2(const ConvBlockShape& s, const E* x, const Runs& runs, const E*
 
 // Calls f(integral_constant of the positions in a tile): as few tiles to a row of the conv map as
 // can be, all as wide as they must be.
-template <int kVecs, int kCount = kMaxRowPixels<kVecs>, typename F>
+template <int kVecs, int kCount = kMaxPixels<kVecs>, typename F>
 void with_row_pixels(int64_t conv_w, const F& f) {
-  constexpr int64_t kMost = kMaxRowPixels<kVecs>;
+  constexpr int64_t kMost = kMaxPixels<kVecs>;
   const int64_t tiles = (conv_w + kMost - 1) / kMost;
-  if constexpr (kCount > kMinRowPixels)
+  if constexpr (kCount > kMinPixels)
     if ((kCount - 1) * tiles >= conv_w) return with_row_pixels<kVecs, kCount - 1>(conv_w, f);
   f(std::integral_constant<int, kCount>{});
 }
@@ -430,14 +422,12 @@ void forward_block(const ConvBlockShape& s, const E* x, const Runs& runs, const 
     return with_taps(runs, [&](auto taps) {
       windows_2x2<kVecs, decltype(taps)>(s, x, runs, w, bias, rows, to);
     });
-  if constexpr (kVecs <= kMaxRowVecs) {
-    if (has_no_pool(s) && runs.count == 3 && runs.length == 3)
-      return no_pool<kVecs, kPixels<kVecs>, TapLoops<3, 3>>(s, x, runs, w, bias, rows, to);
-    with_row_pixels<kVecs>(s.conv_w, [&](auto count) {
-      if (has_no_pool(s))
-        no_pool<kVecs, count, AnyTaps>(s, x, runs, w, bias, rows, to);
-      else
-        any_window<kVecs, count>(s, x, runs, w, bias, band, begin, rows, conv, to);
-    });
-  }
+  if (has_no_pool(s) && runs.count == 3 && runs.length == 3)
+    return no_pool<kVecs, kPixels<kVecs>, TapLoops<3, 3>>(s, x, runs, w, bias, rows, to);
+  with_row_pixels<kVecs>(s.conv_w, [&](auto count) {
+    if (has_no_pool(s))
+      no_pool<kVecs, count, AnyTaps>(s, x, runs, w, bias, rows, to);
+    else
+      any_window<kVecs, count>(s, x, runs, w, bias, band, begin, rows, conv, to);
+  });
 }

@@ -43,13 +43,11 @@ struct Home {
   }
 };
 
-template <typename F>
+// f(integral_constant of `vecs`), of which there are at most kMost.
+template <int kMost, typename F>
 void with_vecs(int64_t vecs, const F& f) {
-  if (vecs == 1) f(std::integral_constant<int, 1>{});
-  if (vecs == 2) f(std::integral_constant<int, 2>{});
-  if (vecs == 3) f(std::integral_constant<int, 3>{});
-  if constexpr (kMaxVecs > 3)
-    if (vecs == 4) f(std::integral_constant<int, 4>{});
+  if (vecs == kMost) return f(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 1) with_vecs<kMost - 1>(vecs, f);
 }
 
 // Floats of packed input of one band of `rows` pooled rows.
@@ -89,9 +87,9 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
   Scratch<float> conv;
   Home<T> home(s, out, winner, band * s.out_w);
   // A tile over a row shorter than itself reads past it; those sums are dropped.
-  packed.reserve(packed_floats(s, band) + kMaxRowPixels<1> * s.stride_w * s.C);
+  packed.reserve(packed_floats(s, band) + kMaxPixels<1> * s.stride_w * s.C);
   if (needs_conv_rows(s))
-    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxRowVecs * L);
+    conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxVecs * L);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
@@ -102,7 +100,7 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t k0 = blocks.begin(b) * L;
       const E* w = weight + blocks.begin(b) * weights_of_vec<E>(runs);
-      with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+      with_vecs<kMaxVecs>(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
         forward_block<decltype(vecs)::value>(s, packed.data, runs, w, bias + k0, input, p0, rows,
                                              conv.data, home.block(n, p0, k0));
       });
@@ -129,7 +127,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   Home<T> home(s, out, winner, group * band * s.out_w);
   packed.reserve(group * packed_size);
   v.reserve(kPositions * block_tiles * s.C);
-  m.reserve(kPositions * block_tiles * kMaxVecs * L);
+  m.reserve(kPositions * block_tiles * kWinogradVecs * L);
 
   for (int64_t unit = begin; unit < end; unit += group) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
@@ -152,7 +150,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
         winograd_input(patch(t0 + t), row, s.C, v.data + t * s.C, padded * s.C);
       for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t k0 = blocks.begin(b) * L;
-        with_vecs(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
+        with_vecs<kWinogradVecs>(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
           winograd_block<decltype(vecs)::value>(
               s, grid, v.data, t0, tiles, padded, u + k0 * kPositions * s.C, weight + k0 * taps,
               bias + k0, runs, m.data, home.block(n, p0, k0), patch);

@@ -181,10 +181,7 @@ void copy_row(const S* src, int64_t n, D* dst) {
   for (; i + 8 <= n; i += 8) store8(dst + i, load8(src + i));
   for (; i < n; ++i) dst[i] = static_cast<D>(static_cast<float>(src[i]));
 }
-template <typename T>
-void copy_row(const T* src, int64_t n, T* dst) {
-  std::copy_n(src, n, dst);
-}
+inline void copy_row(const BFloat16* src, int64_t n, BFloat16* dst) { std::copy_n(src, n, dst); }
 
 // ---------------------------------------------------------------------------- packing, unpacking
 

@@ -418,6 +418,9 @@ def test_path_can_be_asked(name):
     assert path == (PATHS[name] if fast else "general")
     double = functional.conv_block_path(x.double(), w.double(), **case.function_arguments)
     assert double == "general"
+    if build_info()["cpu_isa"] == "avx512_bf16":  # pairs go without Winograd's algorithm
+        pairs = functional.conv_block_path(x.bfloat16(), w, **case.function_arguments)
+        assert pairs == path.replace("winograd", "direct")
 
 
 LENGTHS = {  # what has the length, from the kernels' point of view
@@ -478,6 +481,9 @@ def test_path_can_be_asked_on_cuda(name, dtype, tf32_device):
         assert path == CUDA_PATHS[name]
     double = functional.conv_block_path(x.double(), w.double(), **case.function_arguments)
     assert double == "general"
+    if build_info()["cpu_isa"] == "avx512_bf16":  # pairs go without Winograd's algorithm
+        pairs = functional.conv_block_path(x.bfloat16(), w, **case.function_arguments)
+        assert pairs == path.replace("winograd", "direct")
 
 
 def test_no_grad_gives_the_same_output_and_no_graph(device):
