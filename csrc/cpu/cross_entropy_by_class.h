@@ -14,13 +14,12 @@ inline void for_each_vector(int64_t C, const F& f) {
 }
 
 // The same for groups of vectors that go through exp in step: f(n, i, c, ragged), with n an
-// integral_constant, for classes from c on and accumulators from i on. The last vector of a ragged
-// group is the ragged one.
+// integral_constant, for classes from c on and accumulators from i on, of the classes [c, C). The
+// last vector of a ragged group is the ragged one.
 template <typename F>
-inline void for_each_group(int64_t C, const F& f) {
+inline void for_each_group(int64_t c, int64_t C, const F& f) {
   constexpr std::integral_constant<int, kInStep> kWhole;
   constexpr std::integral_constant<int, 1> kOne;
-  int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes)
     for (int i = 0; i < 4; i += kInStep) f(kWhole, i, c + i * kLanes, std::false_type{});
   if constexpr (kInStep == 1) {
@@ -78,13 +77,14 @@ struct RowSums {
 };
 
 template <Spread kSpread, bool kStore, typename T>
-RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers) {
+RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers,
+                    int64_t begin, int64_t end) {
   const T* x = run.x + row * run.x_row;
   const T* next = x + ahead * run.x_row;
   const T* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
-  for_each_group(run.C, [&](auto n, int i, int64_t c, auto ragged) {
+  for_each_group(begin, end, [&](auto n, int i, int64_t c, auto ragged) {
     const auto at = [&](int k) { return ragged && k == n - 1 ? run.C - kLanes : c + k * kLanes; };
     Vec below[n], power[n];
     for (int k = 0; k < n; ++k) __builtin_prefetch(next + c + k * kLanes);
@@ -105,6 +105,20 @@ RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* p
   });
   if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0};
   return {sum.total(), q_sum.total(), q_dot.total()};
+}
+
+// Of all classes, by segments: of a hundred thousand terms one after the other, each rounds away
+// more of the next.
+constexpr int64_t kSegment = 16384;
+template <Spread kSpread, bool kStore, typename T>
+RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers) {
+  RowSums total{0, 0, 0};
+  for (int64_t begin = 0; begin < run.C; begin += kSegment) {
+    const int64_t end = std::min(run.C, begin + kSegment);
+    const RowSums part = sum_classes<kSpread, kStore>(run, row, ahead, m, powers, begin, end);
+    total.sum += part.sum, total.q_sum += part.q_sum, total.q_dot += part.q_dot;
+  }
+  return total;
 }
 
 // Writes factor source(c) - scale q_c for all c, and g_y at y. The ragged vector is calculated
