@@ -42,14 +42,22 @@ inline Vec only_new(int64_t C, Vec x) {
   return Vec::select(Vec::first(kLanes - static_cast<int>(C % kLanes)), Vec::zero(), x);
 }
 
+// Constructors are written out: the compiler's own would be outside the ISA's target region, where
+// vectors are returned in another way.
 struct Sums {
   Vec of[4];
-  // Written out: the compiler's own constructor would be outside the ISA's target region, where
-  // vectors are returned in another way.
   Sums() {
     for (Vec& sum : of) sum = Vec::zero();
   }
   float total() const { return reduce_sum((of[0] + of[1]) + (of[2] + of[3])); }
+};
+struct Maxima {
+  Vec of[4];
+  Maxima() {
+    for (Vec& most : of) most = Vec::set(-std::numeric_limits<float>::infinity());
+  }
+  void add(int i, Vec x) { of[i] = Vec::max(x, of[i]); }
+  Vec lanes() const { return Vec::max(Vec::max(of[0], of[1]), Vec::max(of[2], of[3])); }
 };
 
 // q of the classes [c, c + kLanes) of a row with probabilities t.
@@ -62,21 +70,24 @@ inline Vec class_q(const Run<T>& run, const T* t, int64_t c) {
 
 template <typename T>
 float row_maximum(const Run<T>& run, const T* x) {
-  const Vec lowest = Vec::set(-std::numeric_limits<float>::infinity());
-  Vec most[4] = {lowest, lowest, lowest, lowest};
-  for_each_vector(run.C,
-                  [&](int i, int64_t c, auto) { most[i] = Vec::max(Vec::load(x + c), most[i]); });
-  return reduce_max(Vec::max(Vec::max(most[0], most[1]), Vec::max(most[2], most[3])));
+  Maxima most;
+  for_each_vector(run.C, [&](int i, int64_t c, auto) { most.add(i, Vec::load(x + c)); });
+  return reduce_max(most.lanes());
 }
+
+// What is subtracted from the logits: their maximum, or nothing, which is sure to serve as long as
+// they are near 0 (see cross_entropy_flat.h); then the maximum is found on the way.
+enum class Shift { kMaximum, kNone };
 
 // The sums of one row; stores exp(x - maximum) in powers [C] unless that is null. The row that is
 // `ahead` further on is asked for: while exponentials are calculated, memory would have nothing to
 // do.
 struct RowSums {
   float sum, q_sum, q_dot;
+  Vec greatest;  // logits, by lane, without Shift::kMaximum
 };
 
-template <Spread kSpread, bool kStore, typename T>
+template <Spread kSpread, Shift kShift, bool kStore, typename T>
 RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers,
                     int64_t begin, int64_t end) {
   const T* x = run.x + row * run.x_row;
@@ -84,11 +95,16 @@ RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, floa
   const T* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
+  Maxima most;
   for_each_group(begin, end, [&](auto n, int i, int64_t c, auto ragged) {
     const auto at = [&](int k) { return ragged && k == n - 1 ? run.C - kLanes : c + k * kLanes; };
     Vec below[n], power[n];
     for (int k = 0; k < n; ++k) __builtin_prefetch(next + c + k * kLanes);
-    for (int k = 0; k < n; ++k) power[k] = below[k] = Vec::load(x + at(k)) - maximum;
+    for (int k = 0; k < n; ++k) {
+      power[k] = below[k] = Vec::load(x + at(k));
+      if constexpr (kShift == Shift::kMaximum) power[k] = below[k] = below[k] - maximum;
+      if constexpr (kShift == Shift::kNone) most.add(i + k, below[k]);
+    }
     exp_each(power);
     for (int k = 0; k < n; ++k) {
       const bool overlaps = ragged && k == n - 1;
@@ -103,19 +119,21 @@ RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, floa
       }
     }
   });
-  if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0};
-  return {sum.total(), q_sum.total(), q_dot.total()};
+  if constexpr (kSpread == Spread::kNone) return {sum.total(), 0, 0, most.lanes()};
+  return {sum.total(), q_sum.total(), q_dot.total(), most.lanes()};
 }
 
 // Of all classes, by segments: of a hundred thousand terms one after the other, each rounds away
 // more of the next.
 constexpr int64_t kSegment = 16384;
-template <Spread kSpread, bool kStore, typename T>
+template <Spread kSpread, Shift kShift, bool kStore, typename T>
 RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers) {
-  RowSums total{0, 0, 0};
+  RowSums total{0, 0, 0, Maxima().lanes()};
   for (int64_t begin = 0; begin < run.C; begin += kSegment) {
     const int64_t end = std::min(run.C, begin + kSegment);
-    const RowSums part = sum_classes<kSpread, kStore>(run, row, ahead, m, powers, begin, end);
+    const RowSums part =
+        sum_classes<kSpread, kShift, kStore>(run, row, ahead, m, powers, begin, end);
+    total.greatest = Vec::max(part.greatest, total.greatest);
     total.sum += part.sum, total.q_sum += part.q_sum, total.q_dot += part.q_dot;
   }
   return total;
@@ -164,30 +182,74 @@ bool row_is_hit(const Run<T>& run, int64_t row, float m, float sum) {
   return earlier == 0;
 }
 
+// Numbers of up to kLanes rows. What is left to be done for their losses is as in Rows: there sum
+// is `of_log`, at_target `at_loss`.
+struct ClassRows {
+  float maximum[kLanes] = {}, sum[kLanes] = {}, q_sum[kLanes] = {}, q_dot[kLanes] = {};
+  float at_target[kLanes] = {};
+  float of_log[kLanes] = {}, below_y[kLanes] = {}, at_loss[kLanes] = {};
+};
+
+// Without the maximum; false where that is not sure to serve.
+template <bool kStore, typename T>
+bool sum_near_zero(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+                   ClassRows* r) {
+  const int64_t y = run.y[row];
+  const RowSums sums = sum_row<Spread::kNone, Shift::kNone, kStore>(run, row, ahead, 0, powers);
+  float power_y[kLanes];
+  if constexpr (kStore)
+    power_y[0] = powers[y];
+  else
+    exp(Vec::set(static_cast<float>(run.x[row * run.x_row + y]))).store(power_y);
+  const float p_y = power_y[0] / sums.sum;
+  r->sum[i] = sums.sum, r->of_log[i] = p_y;
+  r->at_target[i] = target_weight(run, y), r->at_loss[i] = -r->at_target[i];
+  const auto fit = Vec::not_less(Vec::set(kGreatestLogit), sums.greatest);
+  if (!(Vec::bits(fit) == kAllLanes && sums.sum > kLeastSum && p_y > kLeastProbability))
+    return false;
+  if (run.hits) *run.hits += row_is_hit(run, row, reduce_max(sums.greatest), sums.sum);
+  return true;
+}
+
+template <Spread kSpread, bool kStore, typename T>
+void sum_below_maximum(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+                       ClassRows* r) {
+  const float m = row_maximum(run, run.x + row * run.x_row);
+  const RowSums sums = sum_row<kSpread, Shift::kMaximum, kStore>(run, row, ahead, m, powers);
+  r->maximum[i] = m;
+  r->sum[i] = r->of_log[i] = sums.sum, r->q_sum[i] = sums.q_sum, r->q_dot[i] = sums.q_dot;
+  if (run.prob) return;
+  const int64_t y = run.y[row];
+  r->at_target[i] = r->at_loss[i] = target_weight(run, y);
+  r->below_y[i] = static_cast<float>(run.x[row * run.x_row + y]) - m;
+  if (run.hits) *run.hits += row_is_hit(run, row, m, sums.sum);
+}
+
+template <Spread kSpread, bool kStore, typename T>
+void sum_class_row(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+                   ClassRows* r) {
+  if constexpr (kSpread == Spread::kNone)
+    if (!run.maximum && sum_near_zero<kStore>(run, row, ahead, powers, i, r)) return;
+  sum_below_maximum<kSpread, kStore>(run, row, ahead, powers, i, r);
+}
+
 // One step for all rows, then the next one: the sums across lanes at a step's end take their time,
 // which the next row's beginning fills. `powers`: kLanes rows [C], if T is not float.
 template <Spread kSpread, typename T>
 void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* powers) {
-  float maximum[kLanes] = {}, sum[kLanes] = {}, q_sum[kLanes] = {}, q_dot[kLanes] = {};
-  float below_y[kLanes] = {}, at_target[kLanes] = {};
+  ClassRows r;
   const auto class_of = [&](int64_t i) { return run.prob ? 0 : run.y[first + i]; };
   // Float gradients take the powers' place, vector by vector.
   const auto powers_of = [&](int64_t i) {
     if constexpr (std::is_same_v<T, float>) return run.grad + (first + i) * run.grad_row;
     return powers + i * run.C;
   };
-  for (int64_t i = 0; i < rows; ++i)
-    if (class_of(i) != kIgnored) maximum[i] = row_maximum(run, run.x + (first + i) * run.x_row);
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = first + i, y = class_of(i);
-    if (y == kIgnored) continue;
-    const RowSums s = run.grad ? sum_row<kSpread, true>(run, row, rows, maximum[i], powers_of(i))
-                               : sum_row<kSpread, false>(run, row, rows, maximum[i], nullptr);
-    sum[i] = s.sum, q_sum[i] = s.q_sum, q_dot[i] = s.q_dot;
-    if (run.prob) continue;
-    at_target[i] = target_weight(run, y);
-    below_y[i] = static_cast<float>(run.x[row * run.x_row + y]) - maximum[i];
-    if (run.hits) *run.hits += row_is_hit(run, row, maximum[i], s.sum);
+    if (class_of(i) == kIgnored) continue;
+    if (run.grad)
+      sum_class_row<kSpread, true>(run, first + i, rows, powers_of(i), i, &r);
+    else
+      sum_class_row<kSpread, false>(run, first + i, rows, nullptr, i, &r);
   }
   for (int64_t i = 0; i < rows && run.grad; ++i) {
     const int64_t row = first + i, y = class_of(i);
@@ -196,14 +258,14 @@ void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* pow
       continue;
     }
     const float* power = powers_of(i);
-    const float g_y = gradient_at_target(run, row, q_sum[i], power[y] / sum[i]);
-    const float factor = run.scale[row] * ((q_sum[i] + at_target[i]) / sum[i]);
+    const float g_y = gradient_at_target(run, row, r.q_sum[i], power[y] / r.sum[i]);
+    const float factor = run.scale[row] * ((r.q_sum[i] + r.at_target[i]) / r.sum[i]);
     write_row_gradient<kSpread>(run, row, factor, g_y,
                                 [&](int64_t c) { return Vec::load(power + c); });
   }
-  const Rows r{Vec::load(maximum), Vec::load(sum),     Vec::load(q_sum),
-               Vec::load(q_dot),   Vec::load(below_y), Vec::load(at_target)};
-  finish_rows(run, &r, 1, rows, [&](int64_t) { return first; });
+  const Rows losses{Vec::load(r.maximum), Vec::load(r.of_log),  Vec::load(r.q_sum),
+                    Vec::load(r.q_dot),   Vec::load(r.below_y), Vec::load(r.at_loss)};
+  finish_rows(run, &losses, 1, rows, [&](int64_t) { return first; });
 }
 
 template <Spread kSpread, typename T>

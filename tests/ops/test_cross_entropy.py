@@ -274,7 +274,7 @@ FAR_ROWS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("C", [2, 10, 16, 17, 100, 200])
+@pytest.mark.parametrize("C", [2, 10, 16, 17, 100, 200, 300, 1001])
 def test_one_row_among_others_is_far_from_zero(device, C, dtype):
     input, target = make_case((16 * len(FAR_ROWS) + 5, C), "index", scale=10.0)
     for row, (factor, shift, at_target) in zip(range(3, len(input), 16), FAR_ROWS, strict=False):
@@ -305,7 +305,7 @@ EDGE_ROWS = {
 
 
 @pytest.mark.parametrize("rows", [1, 21])
-@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize("C", [5, 40, 300])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("edge", EDGE_ROWS)
