@@ -66,8 +66,8 @@ inline int64_t images_in_group(const ConvBlockShape& s, int64_t bands, int64_t p
   return bands > 1 ? 1 : std::clamp<int64_t>(kGroupFloats / packed_size, 1, most);
 }
 
-// Asks for image n, which is dense, while the one before it is worked on: small images leave no
-// time for the processor's own prefetching. (Those of one channel are so small that it does.)
+// Asks for image n, as far as it is dense, while the one before it is worked on: the processor's
+// own prefetching would begin anew with each small image. (Those of one channel follow too fast.)
 template <typename T>
 void ask_for_image(const ConvBlockShape& s, const View4<const T>& x, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(T);
