@@ -1,17 +1,19 @@
 """Tables of the benchmark rows: in the terminal, in the README and in docs/benchmarks.md.
 
-`python bench/report.py` rewrites both documents between their markers from bench/results/*.json.
+`python bench/report.py` rewrites both documents between their markers from bench/results/*.json,
+and the picture that the README shows.
 """
 
 import json
-import math
 import re
+import statistics
 from pathlib import Path
 
 import roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+PICTURE = ROOT / "docs" / "benchmarks.png"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # A row measured again replaces the old one when these are equal.
 KEY = ["op", "case", "mode", "dtype", "batch", "threads", "isa", "torch_isa"]
@@ -66,10 +68,6 @@ def ratio(row, side):
     if not peers(row) or side not in row["seconds"]:
         return None
     return min(median(row, p) for p in peers(row)) / median(row, side)
-
-
-def geometric_mean(values):
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -178,12 +176,20 @@ def groups(rows):
     return found
 
 
+def group_ratios(rows):
+    """{key of a group: how many times faster than the best peer each of its rows is}"""
+    found = {
+        key: [r for r in (ratio(row, ours(row)) for row in group) if r]
+        for key, group in groups(rows).items()
+    }
+    return {key: ratios for key, ratios in found.items() if ratios}
+
+
 def _summary(rows):
     """The geometric mean of each group's ratios, with the ratios of its slowest and fastest row."""
-    for key, group in groups(rows).items():
-        if ratios := [r for r in (ratio(row, ours(row)) for row in group) if r]:
-            means = (f"{f(ratios):.2f}" for f in (geometric_mean, min, max))
-            yield [*key, str(len(ratios)), *means]
+    for key, ratios in group_ratios(rows).items():
+        means = (f"{f(ratios):.2f}" for f in (statistics.geometric_mean, min, max))
+        yield [*key, str(len(ratios)), *means]
 
 
 SUMMARY_HEAD = [
@@ -223,13 +229,38 @@ def _machines(rows):
     return found
 
 
+def _of_readme(rows):
+    return [r for r in rows if r["own_batch"] or r["batch"] == README_BATCH]
+
+
 def readme_block(rows):
-    """Geometric means at one batch size."""
-    lines = []
-    for machine, group in _machines(rows).items():
-        group = [r for r in group if r["own_batch"] or r["batch"] == README_BATCH]
+    """A picture of all rows at one batch size, and their geometric means."""
+    lines = [
+        f"![How many times faster, by machine and kind of row]({PICTURE.relative_to(ROOT)})",
+        "",
+        f"A dot is a row, a bar their geometric mean; batch {README_BATCH}, all threads; red is",
+        "slower than PyTorch.",
+        "",
+        "<details><summary>The means as tables, one thread too</summary>",
+        "",
+    ]
+    for machine, group in _machines(_of_readme(rows)).items():
         lines += [f"{machine}:", "", *_markdown([SUMMARY_HEAD, *_summary(group)]), ""]
-    return lines
+    return [*lines, "</details>", ""]
+
+
+def picture_panels(rows):
+    """{machine: {kind of row: ratios}} at one batch size and with as many threads as there are."""
+    panels = {}
+    for group in _machines(_of_readme(rows)).values():
+        row = group[0]
+        panel = panels.setdefault(f"{row['cpu']}, {row['cores']} cores; torch {row['torch']}", {})
+        by_kind = sorted(
+            group_ratios(group).items(), key=lambda item: (item[0][:3], int(item[0][4]))
+        )
+        for (*kind, _, _), ratios in by_kind:
+            panel[f"{' '.join(kind)}, {row['isa']}"] = ratios  # of more threads than before
+    return panels
 
 
 def docs_block(rows):
@@ -260,6 +291,9 @@ def main():
     print(text(rows))
     write_between_markers(ROOT / "README.md", readme_block(rows))
     write_between_markers(ROOT / "docs" / "benchmarks.md", docs_block(rows))
+    import picture  # matplotlib, which the measurements themselves do not need
+
+    picture.draw(picture_panels(rows), PICTURE)
 
 
 if __name__ == "__main__":

@@ -87,13 +87,15 @@ def _at_threads(threads, measured):
 
 
 def cpu_model():
-    """The processor's name, as the system tells it."""
+    """The processor as the system tells it: clouds give several generations the same name."""
     cpuinfo = Path("/proc/cpuinfo")
+    told = {}
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        first = cpuinfo.read_text().split("\n\n")[0]
+        told = {k.strip(): v.strip() for k, _, v in (s.partition(":") for s in first.splitlines())}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return "{model name} (family {cpu family}, model {model})".format_map(told)
 
 
 def device_name():
