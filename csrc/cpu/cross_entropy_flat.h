@@ -155,8 +155,11 @@ struct FlatTile {
     const Vec weight = kPlain ? Vec::set(run.keep) : each_target_weight(run, first, kLanes);
     const Vec p_y = power_y * inverse;
     *r = {zero, p_y, zero, zero, zero, zero - weight};
-    const Vec at_target = Vec::load(run.scale + first) * weight;
-    *flat = {power_y, sum, at_target * inverse, at_target, class_numbers(run.y + first, kLanes)};
+    const Vec targets = class_numbers(run.y + first, kLanes);
+    Vec scale = Vec::load(run.scale + first);  // NaN where a mean has nothing to divide by
+    if (!kPlain) scale = Vec::select(Vec::not_less(targets, zero), scale, zero);
+    const Vec at_target = scale * weight;
+    *flat = {power_y, sum, at_target * inverse, at_target, targets};
     const auto enough = Vec::both(Vec::greater(p_y, Vec::set(kLeastProbability)),
                                   Vec::greater(sum, Vec::set(kLeastSum)));
     const auto fit = Vec::not_less(Vec::set(kGreatestLogit), greatest);

@@ -353,16 +353,43 @@ def test_empty(device, shape, kind):
     check_empty(shape, kind, device)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mean_over_nothing_is_nan(device, smoothing):
-    input, target = torch.randn(3, 5, device=device), torch.full((3,), IGNORED, device=device)
+SHAPES_FOR_MEANS = [*(shape for shape, _ in SHAPES), (40, 2), (40, 24), (40, 300)]
+
+
+def check_mean_over_nothing(shape, dtype, smoothing, device):
+    input = torch.randn(shape, device=device).to(dtype)
+    target = torch.full(batch_shape(shape), IGNORED, device=device)
     loss, grad = value_and_grad(cross_entropy, input, target, label_smoothing=smoothing)
     assert loss.isnan() and (grad == 0).all()
-    weightless = torch.tensor([0.0, 1, 1, 1, 1], device=device)  # with smoothing: finite / 0
-    for weight in (torch.zeros(5, device=device), weightless):
+    without = torch.ones(shape[min(1, len(shape) - 1)], device=device, dtype=dtype)
+    without[0] = 0  # of class 0 alone: with smoothing finite / 0
+    for weight in (torch.zeros_like(without), without):
         arguments = {"weight": weight, "label_smoothing": smoothing}
         loss, grad = value_and_grad(cross_entropy, input, target.clamp(min=0), **arguments)
         assert loss.isnan() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES_FOR_MEANS)
+def test_mean_over_nothing_is_nan(device, shape, dtype, smoothing):
+    check_mean_over_nothing(shape, dtype, smoothing, device)
+
+
+def check_mean_over_one_row_without_weight(classes, smoothing, device):
+    """0 / 0 for the row that is not ignored, 0 for those that are."""
+    input, target = torch.randn(40, classes, device=device), torch.full((40,), IGNORED)
+    target[3] = 1
+    arguments = {"weight": torch.zeros(classes, device=device), "label_smoothing": smoothing}
+    loss, grad = value_and_grad(cross_entropy, input, target.to(device), **arguments)
+    assert loss.isnan() and grad[3].isnan().all()
+    assert (grad[target == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [2, 10, 24, 300])
+def test_mean_over_one_row_without_weight(device, classes, smoothing):
+    check_mean_over_one_row_without_weight(classes, smoothing, device)
 
 
 @pytest.mark.parametrize("smoothing", [-0.5, NAN, 1.0])
@@ -1337,6 +1364,18 @@ def test_cuda_kernels_hits_at_the_edges(cuda_kernels):
 @pytest.mark.parametrize("shape", EMPTY_SHAPES)
 def test_cuda_kernels_empty(cuda_kernels, shape, kind):
     check_empty(shape, kind, cuda_kernels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES_FOR_MEANS)
+def test_cuda_kernels_mean_over_nothing(cuda_kernels, saved, shape, smoothing):
+    check_mean_over_nothing(shape, torch.float32, smoothing, cuda_kernels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [2, 10, 24, 300])
+def test_cuda_kernels_mean_over_one_row_without_weight(cuda_kernels, saved, classes, smoothing):
+    check_mean_over_one_row_without_weight(classes, smoothing, cuda_kernels)
 
 
 @pytest.mark.parametrize("kind", ["ignore", "prob"])
