@@ -75,14 +75,25 @@ def test_fused_and_native_losses_agree():
 
 @pytest.mark.parametrize("recipe", ["mnist-cnn", "cifar-cnn"])
 def test_fused_and_native_losses_agree_on_real_images(recipe):
+    """Rounding grows tenfold in a dozen steps: no further apart than by PyTorch's two libraries."""
     root = os.environ.get("FASTCLS_DATA")
     if not root:
         pytest.skip("set FASTCLS_DATA to a folder with MNIST and CIFAR-10")
-    fused, native = (
-        first_losses(trainer(recipe, Path(root), layers=name, batch_size=20), 100)
-        for name in LAYER_NAMES
-    )
-    torch.testing.assert_close(fused, native, rtol=1e-3, atol=0)
+
+    def losses(layers):
+        return first_losses(trainer(recipe, Path(root), layers=layers, batch_size=20), 100)
+
+    fused, native = losses("fused"), losses("native")
+    with torch.backends.mkldnn.flags(enabled=False):
+        other = losses("native")
+    torch.testing.assert_close(fused[:50], native[:50], rtol=1e-4, atol=0)
+    assert relative_difference(fused, native) <= max(1e-3, relative_difference(other, native))
+
+
+def relative_difference(ours, native):
+    """The greatest one."""
+    ours, native = torch.as_tensor(ours), torch.as_tensor(native)
+    return ((ours - native).abs() / native.abs()).max()
 
 
 @pytest.mark.parametrize("layers", LAYER_NAMES)
