@@ -221,6 +221,9 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
   s.relu = args.relu;
   FASTCLS_CHECK(s.kernel_h >= 1 && s.kernel_w >= 1, op,
                 ": weight must have a kernel of at least 1 x 1, got ", shape_string(weight));
+  FASTCLS_CHECK(s.kernel_h <= kGreatestArgument && s.kernel_w <= kGreatestArgument, op,
+                ": weight must have a kernel of at most ", kGreatestArgument,
+                " rows and columns, got ", shape_string(weight));
   FASTCLS_CHECK(weight.size(1) * s.groups == s.C, op, ": input must have ",
                 weight.size(1) * s.groups, " channels (weight ", shape_string(weight), ", groups ",
                 s.groups, "), got ", s.C);

@@ -66,7 +66,7 @@ class Ref {
 struct Torch {
   PyObject *tensor, *empty_like, *float_scalar, *bfloat16_scalar, *is_grad_enabled;
   PyObject *is_autocast_enabled, *cpu, *forward_ad, *current_level, *requires_grad, *is_neg;
-  PyObject *dispatch_modes, *functorch_active, *tracing_state, *profiler_enabled;
+  PyObject *dispatch_modes, *function_modes, *functorch_active, *tracing_state, *profiler_enabled;
   int (*view)(void* object, DlTensor* out) = nullptr;
 };
 Torch torch_;
@@ -116,6 +116,7 @@ bool look_up() {
   keep(torch_.is_grad_enabled, attribute(root, {"is_grad_enabled"}));
   keep(torch_.is_autocast_enabled, attribute(root, {"is_autocast_enabled"}));
   keep(torch_.dispatch_modes, attribute(root, {"_C", "_len_torch_dispatch_stack"}));
+  keep(torch_.function_modes, attribute(root, {"_C", "_len_torch_function_stack"}));
   keep(torch_.functorch_active, attribute(root, {"_C", "_are_functorch_transforms_active"}));
   keep(torch_.tracing_state, attribute(root, {"_C", "_get_tracing_state"}));
   keep(torch_.profiler_enabled, attribute(root, {"_C", "_autograd", "_profiler_enabled"}));
@@ -134,7 +135,7 @@ Ref call(PyObject* function) { return Ref(PyObject_CallNoArgs(function)); }
 
 // Does anything look on that wants to see the op, or wants more of it than loss and gradient?
 bool somebody_watches() {
-  return !is_number(call(torch_.dispatch_modes), 0) ||
+  return !is_number(call(torch_.dispatch_modes), 0) || !is_number(call(torch_.function_modes), 0) ||
          call(torch_.functorch_active).get() != Py_False ||
          call(torch_.tracing_state).get() != Py_None ||
          call(torch_.profiler_enabled).get() != Py_False ||

@@ -13,7 +13,7 @@ from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.info import kernel_resources
 from fastcls.models import INITS, LAYERS
-from fastcls.runs import run
+from fastcls.runs import RunFolder, run
 
 # Options that are settings of a recipe, by the field of its Config; None stands for its default.
 SETTINGS = {
@@ -116,12 +116,19 @@ def _train(options: argparse.Namespace) -> int:
         options.recipe,
         options.out or f"runs/{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         data=options.data,
-        device=pick_device(options.device, options.layers or "fused"),
+        device=pick_device(options.device, _layers(options)),
         resume=options.resume,
         tensorboard=options.tensorboard,
         **settings(options),
     )
     return 0 if finished else 130
+
+
+def _layers(options: argparse.Namespace) -> str:
+    """Of the run: those asked for, else those that a resumed one had."""
+    if options.resume and options.layers is None:
+        return RunFolder(options.out).read_config().get("layers", "fused")
+    return options.layers or "fused"
 
 
 def settings(options: argparse.Namespace) -> dict:

@@ -11,6 +11,7 @@ from fastcls import reference
 from fastcls._arguments import conv_block_arguments, pair
 
 _ops = torch.ops.fastcls
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _check_tensor(op, name, value):
@@ -135,8 +136,7 @@ def conv_block(
     if _decomposed():
         return reference.conv_block(
             input,
-            weight,
-            bias,
+            *_like_half(input, weight, bias),
             stride,
             padding,
             dilation,
@@ -153,6 +153,13 @@ def conv_block(
         function = _TracedConvBlock if _traced() else _ConvBlock
         return function.apply(input, weight, bias, arguments, tf32)[0]
     return _ops.conv_block_forward(input, weight, bias, *arguments, False, tf32)[0]
+
+
+def _like_half(input, weight, bias):
+    """Weight and bias for native ops, which want the dtype of a half-precision input."""
+    if input.dtype not in _HALF or weight.dtype != torch.float32:
+        return weight, bias
+    return weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
 
 
 def _allow_tf32(input):
@@ -182,8 +189,10 @@ def conv_block_path(input, weight, **arguments):
         matrix product) for more.
 
     Raises:
-        As ``conv_block``.
+        As ``conv_block``; TypeError for an argument that has another name.
     """
+    _check_tensor("conv_block_path", "input", input)
+    _check_tensor("conv_block_path", "weight", weight)
     names = "stride padding dilation groups activation pool_size pool_stride pool_padding ceil_mode"
     defaults = inspect.signature(conv_block).parameters
     if unknown := arguments.keys() - set(names.split()):
@@ -194,6 +203,7 @@ def conv_block_path(input, weight, **arguments):
     if isinstance(full["padding"], str):
         padded = _pad_by_name(input, weight, full["padding"], full["stride"], full["dilation"])
         input, full["padding"] = padded
+    input, weight, _ = _autocast(input, weight, None)
     path = _ops.conv_block_path(input, weight, *conv_block_arguments(**full), _allow_tf32(input))
     return _PATHS[path]
 
@@ -345,9 +355,8 @@ def _differentiable_grads(ctx, grad_out):
     # Aliases: where one argument was computed from another, or two are the same tensor, the
     # gradient of one must not run through the other.
     input, weight, bias = (None if t is None else t.view_as(t) for t in tensors)
-    same_dtype = weight.to(input.dtype)
-    same_bias = None if bias is None else bias.to(input.dtype)
-    out = reference.conv_block_given_winner(input, same_dtype, same_bias, winner, ctx.arguments)
+    parameters = _like_half(input, weight, bias)
+    out = reference.conv_block_given_winner(input, *parameters, winner, ctx.arguments)
     needs = ctx.needs_input_grad[:3]
     wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
@@ -367,9 +376,10 @@ def cross_entropy(
     """Softmax cross-entropy in one op, with its own backward.
 
     Equal to ``torch.nn.functional.cross_entropy``, corner cases included: the mean over nothing is
-    NaN, −inf logits give what they give there. Log-probabilities are never stored: the backward
-    pass needs ``input``, ``target``, ``weight`` and two numbers per row. Arithmetic is float32
-    (float64 for float64), whatever the dtype of the logits.
+    NaN, −inf logits give what they give there. Log-probabilities are never stored. What is kept for
+    the backward pass besides the arguments is the gradient itself, which the forward pass writes on
+    its way, or two numbers per row: in float16, in compiled graphs and for few logits on CUDA.
+    Arithmetic is float32 (float64 for float64), whatever the dtype of the logits.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any
@@ -401,7 +411,8 @@ def cross_entropy(
         RuntimeError: shapes, dtypes or devices that do not fit, named in the message.
     """
     if weight is None and not torch.compiler.is_compiling():
-        settings = (ignore_index, _REDUCTIONS.get(reduction, 0), label_smoothing)
+        code = _REDUCTIONS.get(reduction, 0) if isinstance(reduction, str) else 0
+        settings = (ignore_index, code, label_smoothing)
         plain = _plain_cross_entropy(input, target, *settings)
         if plain is not None:
             loss, grad = plain
@@ -436,12 +447,16 @@ def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothi
     _check_tensor("cross_entropy", "target", target)
     if weight is not None:
         _check_tensor("cross_entropy", "weight", weight)
-    code = _REDUCTIONS.get(reduction)
+    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(
             f'cross_entropy: reduction must be "none", "mean" or "sum", got {reduction!r}'
         )
-    if _needs_grad(target, weight) and not count_hits:
+    if count_hits and _needs_grad(weight):
+        raise RuntimeError(
+            "cross_entropy_with_hits: weight must not require a gradient beside class indices"
+        )
+    if not count_hits and (_needs_grad(target, weight) or _decomposed()):
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
@@ -476,9 +491,6 @@ def _in_native_type(error, ignore_index, label_smoothing):
     if "Expected a value of type 'float' for argument 'label_smoothing'" in text:
         return TypeError(f"cross_entropy: label_smoothing must be a float, got {label_smoothing!r}")
     return error
-
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def _autocast_active(input):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcls import recipes
 from fastcls.cli import main, pick_device
 from fastcls.errors import UserError, import_extra
+from fastcls.runs import RunFolder
 
 
 def error_of(capsys, *arguments):
@@ -107,6 +109,18 @@ def test_no_fused_layers_on_cuda_without_kernels(monkeypatch):
     assert pick_device("auto", "native") == "cuda"
     with pytest.raises(UserError, match="the CUDA kernels are not built"):
         pick_device("cuda", "fused")
+
+
+def test_a_resumed_run_needs_kernels_for_its_own_layers(tmp_path, monkeypatch):
+    RunFolder(tmp_path).write_config("digits", recipes.get("digits").Config(layers="native"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("fastcls.cli.build_info", lambda: {"cuda_kernels": "not built"})
+    asked = []
+    monkeypatch.setattr("fastcls.cli.run", lambda *_, device, **__: asked.append(device) or True)
+    command = ["train", "digits", "--out", str(tmp_path), "--resume", "--device", "cuda"]
+    assert main(command) == 0
+    assert asked == ["cuda"]
+    assert main([*command, "--layers", "fused"]) != 0
 
 
 def test_info_as_a_module():

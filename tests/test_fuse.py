@@ -15,7 +15,7 @@ from helpers import Calls, assert_same, run_model
 from nets import Net, conv, layers
 from torch import nn
 
-from fastcls import FusedConvBlock, FusedCrossEntropyLoss, fuse, fusion_report, unfuse
+from fastcls import FusedConvBlock, FusedCrossEntropyLoss, functional, fuse, fusion_report, unfuse
 from fastcls.fusing import choice
 
 
@@ -552,8 +552,12 @@ def test_wrapped_models_are_refused(wrapped, name):
 def test_a_model_that_cannot_be_copied_is_told_of_inplace():
     model = made(nets.LeNet)
     model.lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"LeNet cannot be copied \(.*\); inplace=True"):
-        fuse(model)
+    for function in (fuse, unfuse):
+        message = rf"{function.__name__}: LeNet cannot be copied \(.*\); inplace=True"
+        with pytest.raises(TypeError, match=message):
+            function(model)
+    with pytest.raises(TypeError, match=r"fusion_report: LeNet cannot be copied \(.*\)$"):
+        fusion_report(model)
     assert len(fusion_report(fuse(model, inplace=True)).fused) == 2
 
 
@@ -647,9 +651,35 @@ def test_what_follows_a_pool_may_overwrite_its_result(pays, monkeypatch):
         ((1, 512, 14, 14), (512, 512, 3, 3), 2, False, False),
         ((1, 512, 14, 14), (512, 512, 3, 3), 2, True, False),
         ((4, 512, 14, 14), (512, 512, 3, 3), 2, True, True),
+        # No fast kernel: a window of more than 16 places, an image of more than 2^24 elements.
+        ((2, 32, 64, 64), (32, 32, 3, 3), (4, 4), True, True),
+        ((2, 32, 64, 64), (32, 32, 3, 3), 5, True, False),
+        ((2, 32, 64, 64), (32, 32, 3, 3), (17, 1), False, False),
+        ((1, 3, 2400, 2400), (16, 3, 3, 3), 2, True, False),
     ],
 )
 def test_choice_by_sizes(shape, weight, pool, needs_grad, pays):
     x, w = torch.empty(shape, device="meta"), torch.empty(weight, device="meta")
     assert choice.conv_block_pays(x, w, pool, needs_grad) == pays
     assert not choice.conv_block_pays(x.double(), w.double(), pool, needs_grad)
+
+
+@pytest.mark.parametrize("path", ["fast", "general"])
+def test_choice_knows_what_has_a_fast_kernel(path):
+    limits = choice.MOST_PLACES, choice.MOST_ELEMENTS
+    places, elements = limits if path == "fast" else (n + 1 for n in limits)
+    w = torch.empty(16, 1, 1, 1)
+    for x, window in (
+        (torch.empty(1, 1, 40, 40), (places, 1)),
+        (torch.empty(1, 1, 1, elements - 1), (1, 2)),
+    ):
+        expected = "general" if path == "general" or not choice.HAS_VECTORS else "direct"
+        assert functional.conv_block_path(x, w, pool_size=window) == expected
+        assert choice.has_fast_kernel(x, window, "cpu") == (expected == "direct")
+
+
+def test_choice_without_vectors(monkeypatch):
+    monkeypatch.setattr(choice, "HAS_VECTORS", False)
+    x, w = torch.empty(8, 16, 28, 28), torch.empty(16, 16, 3, 3)
+    assert not choice.conv_block_pays(x, w, 2, needs_grad=True)
+    assert choice.conv_block_pays(x, w, 2, needs_grad=True, device_type="cuda")

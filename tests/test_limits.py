@@ -104,6 +104,14 @@ def test_absurd_sizes_are_an_error(arguments):
         conv_block(x, w, **arguments)
 
 
+def test_an_absurd_kernel_is_an_error():
+    w = torch.ones(3, 2, 1, 1).expand(
+        -1, -1, 2**34 + 1, -1
+    )  # times the dilation: more than 64 bits
+    with pytest.raises(RuntimeError, match="a kernel of at most 2147483647 rows"):
+        conv_block(torch.ones(1, 2, 6, 6), w, dilation=2**30)
+
+
 @pytest.mark.parametrize(
     "large, small",
     [

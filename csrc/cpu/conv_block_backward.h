@@ -6,7 +6,7 @@
 constexpr int kMaxSums = L == 16 ? 18 : 12;
 constexpr int kMaxRuns = 3;
 // Vectors of one run at most, unless its taps have more: 3 taps × 32 channels.
-constexpr int kWeightRunVecs = 96 / L;
+constexpr int kRunVecs = 96 / L;
 
 // Input channels are done in groups whose runs fit the registers, as equal as possible: many
 // positions of a narrow image fit the first-level cache, and the registers are loaded less often.

@@ -72,7 +72,6 @@ struct Buckets {
 // dX is loaded and stored once per bucket: the more channels' weights of a pass stay in the cache,
 // the longer the buckets are. Three quarters of a first-level cache of 32 KiB, and of the 48 KiB
 // that processors with AVX-512 have.
-constexpr int kInputRunVecs = L == 16 ? 6 : 12;
 constexpr int64_t kInputWeights = (L == 16 ? 36864 : 24576) / sizeof(Operand);
 
 // The gradient of the input of one image, and the weights as it reads them.
@@ -93,7 +92,7 @@ struct InputGradient {
 
   InputGradient(const ConvBlockShape& shape, const float* w, bool has_winner)
       : s(shape),
-        groups(s, kInputRunVecs),
+        groups(s, kRunVecs),
         runs(groups.shape),
         passes(passes_over(runs, kMaxSums)),
         tile(groups.shape),

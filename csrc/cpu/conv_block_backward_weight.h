@@ -365,7 +365,7 @@ struct WeightGradient {
   explicit WeightGradient(const ConvBlockShape& shape)
       : input(shape),
         s(input.shape),
-        groups(s, kWeightRunVecs),
+        groups(s, kRunVecs),
         runs(groups.shape),
         passes(passes_over(runs, kMaxSums)),
         tile(groups.shape),

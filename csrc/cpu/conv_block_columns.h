@@ -20,11 +20,8 @@ inline int64_t rows_stride(const ConvBlockShape& s, int64_t band) {
 
 // 2 × 2 windows that tile the map, and fewer empty lanes than with vectors of channels.
 inline bool columns_serve(const ConvBlockShape& s) {
-  const bool tiled = s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 &&
-                     s.pool_stride_w == 2 && s.pool_pad_h == 0 && s.pool_pad_w == 0 &&
-                     2 * s.out_h <= s.conv_h && 2 * s.out_w <= s.conv_w;
   const bool plain = s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-  return tiled && plain && s.K <= kFewChannels && s.kernel_w <= kMostKernelWidth &&
+  return windows_are_2x2(s) && plain && s.K <= kFewChannels && s.kernel_w <= kMostKernelWidth &&
          s.K * map_columns(s) < round_up(s.K, L) * 2 * s.out_w;
 }
 

@@ -247,9 +247,8 @@ void launch_general_backward_input(const Launcher& launch, const ConvBlockShape&
 void launch_general_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                                     const BackwardTensors& t) {
   const WeightGradTile tile = weight_grad_tile(s);
-  const ScalarType type =
-      t.input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor partial = empty_flat({tile.chunks, s.K, tile.elements}, type, t.input);
+  const Tensor partial = empty_flat({tile.chunks, s.K, tile.elements},
+                                    accumulate_type(t.input.scalar_type()), t.input);
   dispatch_types(t.input.scalar_type(), t.weight.scalar_type(), [&](auto x, auto, auto acc) {
     using T = decltype(x);
     using Acc = decltype(acc);

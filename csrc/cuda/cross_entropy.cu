@@ -15,13 +15,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "cuda/common.h"
 #include "cuda/cross_entropy_few.h"
 #include "cuda/cross_entropy_general.h"
 #include "cuda/cross_entropy_rows.h"
+#include "dtypes.h"
 
 namespace fastcls::cuda {
 
@@ -93,21 +91,6 @@ int piece_bytes(const RowLayout& layout, const Tensor& input, const Tensor* grad
 }
 
 // ---- from dtypes and sizes to kernels
-
-// Calls f(T, Acc) for the dtypes that the checks let through.
-template <typename F>
-void dispatch_types(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Float:
-      return f(float{}, float{});
-    case ScalarType::BFloat16:
-      return f(torch::headeronly::BFloat16{}, float{});
-    default:
-      return f(torch::headeronly::Half{}, float{});
-  }
-}
 
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
@@ -208,7 +191,7 @@ void launch_backward(const Call& call, const std::optional<Tensor>& grad_loss, c
   Path path = call.path(layout);
   if (path == Path::kRows && !aligned_alike(layout, call.input, grad)) path = Path::kGeneral;
   if (path == Path::kFew && layout.class_stride[kGrad] != 1) path = Path::kGeneral;
-  dispatch_types(call.type(), [&](auto t, auto acc) {
+  dispatch_types(call.type(), call.type(), [&](auto t, auto, auto acc) {
     using T = decltype(t);
     using Acc = decltype(acc);
     const Problem<T, Acc> problem = call.problem<T, Acc>(layout);
@@ -361,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, co
   constexpr int64_t kSumsDoubles = sizeof(Sums) / sizeof(double);
   const Tensor of_block =
       several ? empty_flat({kSumsDoubles * blocks}, ScalarType::Double, input) : no_tensor();
-  dispatch_types(type, [&](auto t, auto acc) {
+  dispatch_types(type, type, [&](auto t, auto, auto acc) {
     using T = decltype(t);
     using Acc = decltype(acc);
     const Outputs<T, Acc> out{data_if<Acc>(rows, save_rows),
@@ -411,7 +394,7 @@ void cross_entropy_scale(const Tensor& grad, const Tensor& grad_loss, const Tens
   const RowLayout layout = row_layout("cross_entropy_scale_", s, {&grad, nullptr, &grad});
   const Tensor flat = flat_target(s, target);
   const Launcher launch(grad);
-  dispatch_types(grad.scalar_type(), [&](auto t, auto acc) {
+  dispatch_types(grad.scalar_type(), grad.scalar_type(), [&](auto t, auto, auto acc) {
     using T = decltype(t);
     using Acc = decltype(acc);
     launch(scale_kernel<T, Acc>, dim3(std::min<int64_t>(layout.rows, kScaleBlocks)), kScaleThreads,

@@ -3,11 +3,9 @@
 // first on the emulator's include path.
 //
 //   threadIdx, blockIdx, blockDim, gridDim      __global__, __device__, __launch_bounds__
-//   __syncthreads(), __syncwarp()               SHARED_ARRAY(type, name, count),
-//   DYNAMIC_SHARED(name)
-//   __shfl_sync, __shfl_down_sync, __shfl_xor_sync, __any_sync, __all_sync, __ballot_sync
-//   __umulhi, __byte_perm, __vcmpeq4, fmaxf, fminf, uint2, uint4, atomicInc, __threadfence, and the
-//   functions below
+//   SHARED_ARRAY(type, name, count)             DYNAMIC_SHARED(name)
+//   __syncthreads(), __shfl_xor_sync, __umulhi, __byte_perm, __vcmpeq4, fmaxf, fminf, uint2, uint4,
+//   atomicInc, __threadfence, and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
@@ -144,22 +142,11 @@ __device__ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
                : "r"(row)
                : "memory");
 }
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  load_matrices(r, shared_address(row));
-}
 
 // The same for 16-bit elements, transposed: thread 4 g + t gets column g of rows 2 t and 2 t + 1.
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// Two matrices; the addresses are those of lanes 0 to 15.
-__device__ inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
                : "memory");
 }

@@ -361,6 +361,8 @@ constexpr bool boxes_are_narrow(const GemmTile& t) {
          std::numeric_limits<int32_t>::max();
 }
 
+constexpr int64_t kMostGridY = 65535;
+
 struct GemmPlan {
   GemmConfig config;
   GemmTile tile;  // units = 0: there is none, the general kernels serve
@@ -385,6 +387,7 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
       if (columns == 64 && (s.K <= 32 || !c.has_wide_blocks() || shared_pool)) continue;
       c.pixel_table = pixel_table;
       const int64_t column_blocks = ceil_div(s.K, columns);
+      if (column_blocks > kMostGridY) continue;
       const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
       const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
       if (t.units == 0 || !boxes_are_narrow(t)) continue;
@@ -431,6 +434,7 @@ constexpr WeightGradPlan weight_grad_plan(const ConvBlockShape& s, Arithmetic a,
   const int64_t blocks = std::max<int64_t>(kGemmBlocks / p.channel_blocks, 1);
   p.tile = gemm_tile(s, p.config, std::min(max_shared, kShared), blocks);
   if (!p.exists() || !boxes_are_narrow(p.tile)) return {};
+  if (p.channel_blocks * p.tile.chunks > kMostGridY) return {};
   p.units = grad_units(p.tile, p.config);
   for (p.warps_n = 1; p.warps_n * kGradUnits < p.units;) p.warps_n *= 2;
   p.each_n = ceil_div(p.units, p.warps_n);

@@ -35,7 +35,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             fuse the model inside first; or one that ``copy.deepcopy`` cannot copy.
     """
     _check_model("fuse", model)
-    model = unfuse(model, inplace=inplace)
+    model = _unfused("fuse", model, inplace)
     plan = make_plan(model)
     report = plan.report()  # in the names of the native classes
     apply(plan)
@@ -49,20 +49,33 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Args:
         model: a fused model, or any other; itself unchanged unless ``inplace``.
         inplace: change ``model`` itself instead of a copy that shares its parameters.
+
+    Raises:
+        TypeError: as ``fuse``.
     """
     _check_model("unfuse", model)
-    model = model if inplace else _twin(model)
+    return _unfused("unfuse", model, inplace)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What ``fuse`` did to this model, or would do: each chain, and why those left were left.
+
+    Raises:
+        TypeError: as ``fuse``.
+    """
+    _check_model("fusion_report", model)
+    report = vars(model).get(_REPORT)
+    if report is None:
+        report = make_plan(_unfused("fusion_report", model, inplace=False)).report()
+    return report
+
+
+def _unfused(function, model, inplace):
+    model = model if inplace else _twin(function, model)
     for module in model.modules():
         vars(module).pop(_REPORT, None)
         restore_class(module)
     return model
-
-
-def fusion_report(model: nn.Module) -> FusionReport:
-    """What ``fuse`` did to this model, or would do: each chain, and why those left were left."""
-    _check_model("fusion_report", model)
-    report = vars(model).get(_REPORT)
-    return make_plan(unfuse(model)).report() if report is None else report
 
 
 def _check_model(function, model):
@@ -76,7 +89,7 @@ def _check_model(function, model):
         )
 
 
-def _twin(model):
+def _twin(function, model):
     """A copy with the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
@@ -84,7 +97,7 @@ def _twin(model):
     try:
         return copy.deepcopy(model, {id(t): t for t in tensors})
     except Exception as error:  # of whatever the user's modules hold
+        instead = "" if function == "fusion_report" else "; inplace=True changes the model itself"
         raise TypeError(
-            f"fuse: {type(model).__name__} cannot be copied ({error}); "
-            "inplace=True changes the model itself"
+            f"{function}: {type(model).__name__} cannot be copied ({error}){instead}"
         ) from error

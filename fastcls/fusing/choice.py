@@ -3,19 +3,40 @@
 import torch
 import torch.nn.functional as F
 
-from fastcls import functional
+from fastcls import _C, functional
+from fastcls._arguments import pair
 
 # Measured with the layers of VGG-16, AlexNet and SqueezeNet in float32, those of training on two
 # AVX2 cores, those of inference on two AVX-512 ones.
 FEW_CHANNELS = 4  # of an image: next to no input to read again
 MANY_CHANNELS = 64  # from there on the gradients of a map without a pool are as fast as a library's
 LARGE_WEIGHT = 1 << 18  # elements; 1 MiB, beyond which preparing the weight takes its time
-
-
 WINOGRAD_CHANNELS = 16  # the forward pass takes multiples of it by Winograd's algorithm
 
+# Beyond these the op runs its general kernel, plain loops.
+MOST_PLACES = 16  # of a window
+MOST_ELEMENTS = 1 << 24  # of an image
+HAS_VECTORS = _C.isa() != "scalar"
 
-def conv_block_pays(input, weight, pool_size, needs_grad, images=None, dense=True):
+
+def has_fast_kernel(input, pool_size, device_type):
+    """Is there a kernel for these that is faster than plain loops?
+
+    Args:
+        As for ``conv_block_pays``.
+    """
+    height, width = (1, 1) if pool_size is None else pair("pool_size", pool_size)
+    return (
+        input.dtype != torch.float64
+        and height * width <= MOST_PLACES
+        and input.shape[-3] * input.shape[-2] * input.shape[-1] < MOST_ELEMENTS
+        and (HAS_VECTORS or device_type == "cuda")
+    )
+
+
+def conv_block_pays(
+    input, weight, pool_size, needs_grad, images=None, dense=True, device_type="cpu"
+):
     """Is the fused op faster than conv2d, max_pool2d and relu_ one after the other?
 
     With a pool it is, but for a large weight that meets a small map. Without one its gradients are
@@ -28,8 +49,9 @@ def conv_block_pays(input, weight, pool_size, needs_grad, images=None, dense=Tru
         needs_grad: will a gradient be asked for?
         images: batch size to go by; None: input's.
         dense: are stride and dilation 1?
+        device_type: where the op is to run.
     """
-    if input.dtype == torch.float64:
+    if not has_fast_kernel(input, pool_size, device_type):
         return False
     n = input.shape[0] if images is None else images
     places = n * input.shape[-2] * input.shape[-1]
@@ -73,6 +95,7 @@ def conv_block(
         needs_grad,
         TYPICAL_IMAGES if torch.compiler.is_compiling() else None,
         all(step in (1, (1, 1), [1, 1]) for step in (stride, dilation)),
+        input.device.type,
     ):
         return functional.conv_block(
             input,

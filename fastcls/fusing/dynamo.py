@@ -59,7 +59,8 @@ def _pays(chain: Chain) -> bool:
         return False
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in examples)
     input, weight = map(_at_hand, examples)
-    return conv_block_pays(input, weight, _pool_size(chain), needs_grad)
+    device_type = examples[0].device.type
+    return conv_block_pays(input, weight, _pool_size(chain), needs_grad, device_type=device_type)
 
 
 def _at_hand(tensor):

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FASTCLS_WATCHED_STACKS
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -36,9 +36,7 @@ constexpr unsigned kMaxGridYZ = 65535;
 // setjmp and longjmp: swapcontext makes a system call, and so does AddressSanitizer in longjmp.
 using Place = void* [5];
 
-__attribute__((noinline, noreturn, no_sanitize("address"))) void jump(Place& to) {
-  __builtin_longjmp(to, 1);
-}
+__attribute__((noinline, noreturn)) void jump(Place& to) { __builtin_longjmp(to, 1); }
 
 struct Fibre {
   ucontext_t start;
@@ -96,7 +94,7 @@ Fibre* current = nullptr;
 Place scheduler;
 
 // AddressSanitizer has to know which stack is in use.
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FASTCLS_WATCHED_STACKS
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 void leave(void** fake, const void* stack, size_t bytes) {
@@ -115,7 +113,7 @@ void leave(void**, const void*, size_t) {}
 void arrive(void*, bool) {}
 #endif
 
-__attribute__((noinline, no_sanitize("address"))) void resume(Fibre* fibre) {
+__attribute__((noinline)) void resume(Fibre* fibre) {
   void* fake = nullptr;
   current = fibre;
   leave(&fake, fibre->stack.get(), kStackBytes);
@@ -127,7 +125,7 @@ __attribute__((noinline, no_sanitize("address"))) void resume(Fibre* fibre) {
   arrive(fake, false);
 }
 
-__attribute__((noinline, no_sanitize("address"))) void suspend() {
+__attribute__((noinline)) void suspend() {
   Fibre* self = current;
   void* fake = nullptr;
   leave(&fake, scheduler_stack, scheduler_stack_bytes);
@@ -290,28 +288,25 @@ MatrixPair& next_matrices() {
   return warp.matrices[warp.matrix_turn[threadIdx.x % 32] ^= 1];
 }
 
+void multiply_add(float (&d)[4], const MatrixPair& pair, int depth) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const float *top = pair.a[g], *bottom = pair.a[g + 8];
+  float d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+  for (int k = 0; k < depth; ++k) {  // the four sums side by side
+    const double left = pair.b[k][2 * t], right = pair.b[k][2 * t + 1];
+    // As wide as a product is, which may lie beyond the largest float.
+    d0 = static_cast<float>(d0 + top[k] * left), d1 = static_cast<float>(d1 + top[k] * right);
+    d2 = static_cast<float>(d2 + bottom[k] * left), d3 = static_cast<float>(d3 + bottom[k] * right);
+  }
+  d[0] = d0, d[1] = d1, d[2] = d2, d[3] = d3;
+}
+
 unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block.dynamic.data()); }
 
 void check_aligned(const void* pointer, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
     throw std::runtime_error(std::string("emulator: ") + what +
                              " an address that is not aligned to 16" + at_block());
-}
-
-void load_words(uint32_t* words, int matrices, const void* row, bool transposed) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  if (lane < 8 * matrices) check_aligned(row, "load_matrices from");
-  const uint64_t* rows = exchange(reinterpret_cast<uintptr_t>(row));
-  for (int m = 0; m < matrices; ++m) {
-    auto at = [&](int r) { return reinterpret_cast<const char*>(rows[8 * m + r]); };
-    if (!transposed) {
-      std::memcpy(&words[m], at(g) + 4 * t, 4);
-    } else {
-      uint16_t pair[2];
-      for (int e = 0; e < 2; ++e) std::memcpy(&pair[e], at(2 * t + e) + 2 * g, 2);
-      std::memcpy(&words[m], pair, 4);
-    }
-  }
 }
 
 void copy_async(void* to, const void* from, bool zeros) {
@@ -326,15 +321,10 @@ void copy_async_commit() {
   copies.open.clear();
 }
 
-void copy_async_wait(int latest) {
+void copy_async_wait(int latest, void (*copy_16)(void* to, const void* from)) {
   auto& closed = block.copies[threadIdx.x].closed;
   while (static_cast<int>(closed.size()) > latest) {
-    for (const Copy& copy : closed.front()) {
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, 16);
-      else
-        std::memset(copy.to, 0, 16);
-    }
+    for (const Copy& copy : closed.front()) copy_16(copy.to, copy.from);
     closed.pop_front();
   }
 }

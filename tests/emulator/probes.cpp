@@ -11,19 +11,12 @@ using fastcls::emulator::run;
 
 __global__ void sum_warps(const float* x, float* sums) {
   float sum = x[threadIdx.x];
-  for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_down_sync(kFullWarp, sum, delta);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
 }
 
-__global__ void shuffle(int mode, int argument, int width, const int* x, int* out) {
-  const int value = x[threadIdx.x];
-  out[threadIdx.x] = mode == 0   ? __shfl_sync(kFullWarp, value, argument, width)
-                     : mode == 1 ? __shfl_down_sync(kFullWarp, value, argument, width)
-                                 : __shfl_xor_sync(kFullWarp, value, argument, width);
-}
-
-__global__ void ballot(const int* x, unsigned* out) {
-  out[threadIdx.x] = __ballot_sync(kFullWarp, x[threadIdx.x]);
+__global__ void shuffle(int mask, int width, const int* x, int* out) {
+  out[threadIdx.x] = __shfl_xor_sync(kFullWarp, x[threadIdx.x], mask, width);
 }
 
 // Each thread passes its value to the neighbour `step` further on, through shared memory.
@@ -39,7 +32,7 @@ __global__ void barrier_for(unsigned threads) {
 }
 
 __global__ void shuffle_for(unsigned threads) {
-  if (threadIdx.x < threads) __shfl_sync(kFullWarp, 0, 0);
+  if (threadIdx.x < threads) __shfl_xor_sync(kFullWarp, 0, 1);
 }
 
 __global__ void write_at(int index, float* out) { out[index] = 1; }
@@ -75,8 +68,8 @@ __global__ void multiply(int mode, int row_bytes, const void* a, const void* b, 
   float sums[4] = {};
   for (int depth = 0; depth < row_bytes; depth += 32) {
     uint32_t left[4], right[4];
-    load_matrices(left, shared + lane % 16 * row_bytes + lane / 16 * 16 + depth);
-    load_matrices(right, shared + (16 + lane % 8) * row_bytes + lane / 8 % 2 * 16 + depth);
+    load_matrices(left, shared_address(shared + lane % 16 * row_bytes + lane / 16 * 16 + depth));
+    load_matrices(right, shared_address(shared + (16 + lane % 8) * row_bytes + lane / 8 % 2 * 16 + depth));
     if (mode == kBf16) mma_bf16(sums, left, right[0], right[1]);
     if (mode == kF16) mma_f16(sums, left, right[0], right[1]);
     if (mode == kTf32) mma_tf32(sums, left, right[0], right[1]);
@@ -93,9 +86,9 @@ __global__ void multiply_transposed(const void* a, const void* b, float* d) {
   std::memcpy(shared + lane * 16, static_cast<const char*>(a) + lane * 16, 16);
   if (lane < 16) std::memcpy(shared + 512 + lane * 16, static_cast<const char*>(b) + lane * 16, 16);
   __syncthreads();
-  uint32_t left[4], right[2];
+  uint32_t left[4], right[4];
   load_matrices_transposed(left, shared + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16);
-  load_matrices_transposed(right, shared + 512 + lane % 16 * 16);
+  load_matrices_transposed(right, shared + 512 + lane % 16 * 16);  // its first two twice
   float sums[4] = {};
   mma_f16(sums, left, right[0], right[1]);
   const int g = lane / 4, t = lane % 4;
@@ -132,11 +125,8 @@ int reported(char* message, const F& f) {
 PROBE probe_sum_warps(char* message, const float* x, float* sums) {
   return reported(message, [&] { run(1, 64, [&] { sum_warps(x, sums); }); });
 }
-PROBE probe_shuffle(char* message, int mode, int argument, int width, const int* x, int* out) {
-  return reported(message, [&] { run(1, 32, [&] { shuffle(mode, argument, width, x, out); }); });
-}
-PROBE probe_ballot(char* message, const int* x, unsigned* out) {
-  return reported(message, [&] { run(1, 32, [&] { ballot(x, out); }); });
+PROBE probe_shuffle(char* message, int mask, int width, const int* x, int* out) {
+  return reported(message, [&] { run(1, 32, [&] { shuffle(mask, width, x, out); }); });
 }
 PROBE probe_rotate(char* message, int step, int with_barrier, const float* x, float* out) {
   return reported(message, [&] { run(1, 64, [&] { rotate(step, with_barrier, x, out); }); });

@@ -421,6 +421,18 @@ def test_path_can_be_asked(name):
     if build_info()["cpu_isa"] == "avx512_bf16":  # pairs go without Winograd's algorithm
         pairs = functional.conv_block_path(x.bfloat16(), w, **case.function_arguments)
         assert pairs == path.replace("winograd", "direct")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.conv_block_path(x, w, **case.function_arguments) == pairs
+
+
+def test_path_of_what_is_no_call_is_an_error():
+    x, w = torch.zeros(1, 3, 5, 5), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(TypeError, match="conv_block_path: input must be a Tensor, got list"):
+        functional.conv_block_path([1.0], w)
+    with pytest.raises(TypeError, match=r"conv_block_path: unexpected arguments \['size'\]"):
+        functional.conv_block_path(x, w, size=3)
+    with pytest.raises(RuntimeError, match="input must have 3 channels"):
+        functional.conv_block_path(x[:, :2], w)
 
 
 LENGTHS = {  # what has the length, from the kernels' point of view
@@ -481,9 +493,16 @@ def test_path_can_be_asked_on_cuda(name, dtype, tf32_device):
         assert path == CUDA_PATHS[name]
     double = functional.conv_block_path(x.double(), w.double(), **case.function_arguments)
     assert double == "general"
-    if build_info()["cpu_isa"] == "avx512_bf16":  # pairs go without Winograd's algorithm
-        pairs = functional.conv_block_path(x.bfloat16(), w, **case.function_arguments)
-        assert pairs == path.replace("winograd", "direct")
+
+
+def test_more_output_channels_than_a_cuda_grid_has_blocks_for(tf32_device):
+    x = torch.zeros(1, 16, 1, 1, device=tf32_device)
+    few, many = (
+        torch.zeros(1, 16, 1, 1, device=tf32_device).expand(n, -1, -1, -1)
+        for n in (1 << 20, 1 << 23)
+    )
+    assert functional.conv_block_path(x, few, pool_size=None) == "gemm"
+    assert functional.conv_block_path(x, many, pool_size=None) == "general"
 
 
 def test_no_grad_gives_the_same_output_and_no_graph(device):
@@ -766,12 +785,14 @@ def test_callers_tensors_are_never_written(name, dtypes, layout, device):
         assert_same(t.detach(), values, "caller's tensor")
 
 
-def test_input_changed_in_place_before_backward_is_an_error(device):
+@pytest.mark.parametrize("changed", ["input", "weight"])
+def test_changed_in_place_before_backward_is_an_error(changed, device):
     x, w, b, _ = random_problem(BY_NAME["plain"], DTYPES["float32"], device)
     leaves = leaves_of(x, w, b)
-    out = conv_block(leaves[0].relu(), *leaves[1:])
+    input = leaves[0] * 2
+    out = conv_block(input, *leaves[1:])
     with torch.no_grad():
-        leaves[1].add_(1)
+        {"input": input, "weight": leaves[1]}[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

@@ -470,6 +470,14 @@ def test_hits_need_class_indices(device):
     assert loss.isnan() and hits == 0
 
 
+def test_no_gradient_of_a_weight_beside_class_indices(device):
+    input, target = make_case((3, 5), "index", device=device)
+    weight = class_weight(5, device=device).requires_grad_()
+    for loss in (cross_entropy, cross_entropy_with_hits, F.cross_entropy):
+        with pytest.raises(RuntimeError, match=r"weight.* gradient|'weight'.*requires_grad"):
+            loss(input, target, weight)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_hits_compile(device, grad):
     torch._dynamo.reset()
@@ -678,7 +686,9 @@ def test_plain_call_leaves_odd_settings_to_the_op(settings):
     assert plain_call(*make_case((9, 10), "index"), *settings) is None
 
 
-@pytest.mark.parametrize("watcher", ["mode", "profiler", "forward_ad", "trace", "functorch"])
+@pytest.mark.parametrize(
+    "watcher", ["mode", "function_mode", "profiler", "forward_ad", "trace", "functorch"]
+)
 def test_plain_call_hides_nothing(watcher):
     input, target = make_case((9, 10), "index")
     calls = []
@@ -689,6 +699,9 @@ def test_plain_call_hides_nothing(watcher):
 
     if watcher == "mode":
         with torch.utils.flop_counter.FlopCounterMode(display=False):
+            call(input)
+    elif watcher == "function_mode":
+        with torch.overrides.BaseTorchFunctionMode():
             call(input)
     elif watcher == "profiler":
         with torch.profiler.profile() as profile:
@@ -920,13 +933,24 @@ def test_compile_with_inductor_under_autocast(device):
     torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2)
 
 
-def test_func_grad_and_vmap(device):
+def test_func_grad_and_hessian(device):
     input, target = make_case((6, 5), "index", device=device)
     expected = torch.func.grad(F.cross_entropy)(input, target)
     torch.testing.assert_close(torch.func.grad(cross_entropy)(input, target), expected)
     hessian = torch.func.grad(lambda x: torch.func.grad(cross_entropy)(x, target).square().sum())
     native = torch.func.grad(lambda x: torch.func.grad(F.cross_entropy)(x, target).square().sum())
     torch.testing.assert_close(hessian(input), native(input))
+
+
+@pytest.mark.parametrize("kind", ["index", "prob"])
+def test_vmap(device, kind):
+    cases = [make_case((6, 5), kind, device=device, seed=seed) for seed in range(3)]
+    inputs, targets = (torch.stack(tensors) for tensors in zip(*cases, strict=True))
+    for transform in (torch.func.vmap, lambda loss: torch.func.vmap(torch.func.grad(loss))):
+        ours, native = (
+            transform(loss)(inputs, targets) for loss in (cross_entropy, F.cross_entropy)
+        )
+        torch.testing.assert_close(ours, native)
 
 
 def test_module(device):
@@ -970,6 +994,9 @@ def error(exception, message, *args, **kwargs):
         ),
         error(
             ValueError, 'reduction must be "none", "mean" or "sum", got None', X, Y, reduction=None
+        ),
+        error(
+            ValueError, 'reduction must be "none", "mean" or "sum", got [1]', X, Y, reduction=[1]
         ),
         error(
             RuntimeError,

@@ -75,6 +75,8 @@ struct MatrixPair {
 };
 // Two in turns, like the values of exchange().
 MatrixPair& next_matrices();
+// The lane's four elements of d += a · b over the first `depth` of a's columns.
+void multiply_add(float (&d)[4], const MatrixPair& pair, int depth);
 
 // d += a · b, see mma_bf16 in csrc/cuda/device.h. A 32-bit word holds kPerWord elements, and word w
 // of a lane starts at element kPerWord * w along k; to_floats(word, floats) takes it apart.
@@ -94,18 +96,37 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     for (int e = 0; e < kPerWord; ++e) pair.b[(t + i * 4) * kPerWord + e][g] = elements[e];
   }
   sync_warp();
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 8 * kPerWord; ++k)
-      // As wide as a product is, which may lie beyond the largest float.
-      d[i] = static_cast<float>(d[i] + double{pair.a[g + i / 2 * 8][k]} * pair.b[k][2 * t + i % 2]);
+  multiply_add(d, pair, 8 * kPerWord);
 }
 
 // What a lane gets of matrices whose row addresses the lanes pass.
-void load_words(uint32_t* words, int matrices, const void* row, bool transposed);
+inline void load_words(uint32_t* words, int matrices, const void* row, bool transposed) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (lane < 8 * matrices) check_aligned(row, "load_matrices from");
+  const uint64_t* rows = exchange(reinterpret_cast<uintptr_t>(row));
+  for (int m = 0; m < matrices; ++m) {
+    auto at = [&](int r) { return reinterpret_cast<const char*>(rows[8 * m + r]); };
+    if (!transposed) {
+      std::memcpy(&words[m], at(g) + 4 * t, 4);
+    } else {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) std::memcpy(&pair[e], at(2 * t + e) + 2 * g, 2);
+      std::memcpy(&words[m], pair, 4);
+    }
+  }
+}
 
+// 16 bytes, zeros where `from` is null.
+inline void copy_16(void* to, const void* from) {
+  if (from)
+    std::memcpy(to, from, 16);
+  else
+    std::memset(to, 0, 16);
+}
 void copy_async(void* to, const void* from, bool zeros);
 void copy_async_commit();
-void copy_async_wait(int latest);
+// `copy` is called here, so that AddressSanitizer watches it as part of the kernel.
+void copy_async_wait(int latest, void (*copy)(void* to, const void* from));
 
 }  // namespace fastcls::emulator
 
@@ -172,14 +193,11 @@ inline SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(pointer);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   emulator::load_words(r, 4, row, false);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   emulator::load_words(r, 4, row, true);
-}
-inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
-  emulator::load_words(r, 2, row, true);
 }
 
 template <typename Half>
@@ -217,7 +235,7 @@ inline void copy_async(void* to, const void* from, bool zeros) {
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int kLatest>
 void copy_async_wait() {
-  emulator::copy_async_wait(kLatest);
+  emulator::copy_async_wait(kLatest, emulator::copy_16);
 }
 
 }  // namespace fastcls::cuda
@@ -256,33 +274,10 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(
       fastcls::emulator::shared_array(&name##_site, sizeof(type[count])))
 
 inline void __syncthreads() { fastcls::emulator::sync_block(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { fastcls::emulator::sync_warp(); }
 
-// Shuffles stay within groups of `width` lanes; a source outside the group is the lane itself.
-template <typename T>
-T __shfl_sync(unsigned, T value, int source, int width = 32) {
-  const int lane = threadIdx.x % 32, first = lane / width * width;
-  return fastcls::emulator::from_lane(value, first + source % width);
-}
-template <typename T>
-T __shfl_down_sync(unsigned, T value, unsigned delta, int width = 32) {
-  const int lane = threadIdx.x % 32, source = lane % width + static_cast<int>(delta);
-  return fastcls::emulator::from_lane(value,
-                                      source < width ? lane + static_cast<int>(delta) : lane);
-}
+// Of a lane in a group of `width` that comes after its own, a lane gets its own value.
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
   const int lane = threadIdx.x % 32, source = lane ^ mask;
   return fastcls::emulator::from_lane(value, source / width <= lane / width ? source : lane);
-}
-
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  const uint64_t* votes = fastcls::emulator::exchange(predicate != 0);
-  unsigned ballot = 0;
-  for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<unsigned>(votes[lane]) << lane;
-  return ballot;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == 0xffffffffu;
 }
