@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastcls import _load as _load
 from fastcls import reference
@@ -26,22 +27,14 @@ def _needs_grad(*tensors):
     return False
 
 
-def _traced():
-    """Is torch.compile or torch.func looking on? They want a Function with setup_context.
-
-    In eager mode one whose forward takes ctx is called faster: small ops take less than that call.
-    """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def _decomposed():
-    """Must an op be made of PyTorch's own? vmap has rules for those only, ONNX has no other."""
+    """Must an op be made of PyTorch's own?
+
+    torch.func and forward-mode differentiation have rules for those only, ONNX has no other.
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    vmap = torch._C._functorch.TransformType.Vmap
-    return any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # ---------------------------------------------------------------------------------- conv_block
@@ -150,7 +143,7 @@ def conv_block(
     input, weight, bias = _autocast(input, weight, bias)
     tf32 = _allow_tf32(input)
     if _needs_grad(input, weight, bias):
-        function = _TracedConvBlock if _traced() else _ConvBlock
+        function = _TracedConvBlock if torch.compiler.is_compiling() else _ConvBlock
         return function.apply(input, weight, bias, arguments, tf32)[0]
     return _ops.conv_block_forward(input, weight, bias, *arguments, False, tf32)[0]
 
@@ -342,6 +335,8 @@ class _ConvBlock(torch.autograd.Function):
 
 
 class _TracedConvBlock(_ConvBlock):
+    """torch.compile wants a setup_context; without one a Function is called faster."""
+
     forward = staticmethod(_conv_block_forward)
     setup_context = staticmethod(_save_conv_block)
 
@@ -471,7 +466,7 @@ def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothi
                 input, target, weight, *settings, float_loss, _SAVE_NOTHING, count_hits
             )
             return (loss, hits) if count_hits else loss
-        if _traced():
+        if torch.compiler.is_compiling():
             outputs = _TracedCrossEntropy.apply(
                 input, target, weight, *settings, float_loss, count_hits
             )
@@ -617,7 +612,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = ctx.__dict__.pop("unit_grad", None)
         if grad is None:  # not the first pass
             grad = _save_again(ctx, _SAVE_GRAD)
-        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched=True
+        if _is_batched(grad_loss):
             return grad * _per_logit(grad_loss), None
         if _on_cuda(grad):  # on the device: the host would have to wait for grad_loss
             target, ignore_index = ctx.saved_tensors[1], ctx.settings[0]
@@ -646,6 +641,12 @@ class _PlainCrossEntropy(_CrossEntropy):
 
 # Function.apply without its own wrapper, which is there for torch.func: a microsecond.
 _apply_plain = super(torch.autograd.Function, _PlainCrossEntropy).apply
+
+
+def _is_batched(grad_loss):
+    """Several gradients at once: is_grads_batched=True, or a backward pass within torch.vmap."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+    return legacy or torch._C._functorch.is_batchedtensor(grad_loss)
 
 
 def _per_logit(grad_loss):

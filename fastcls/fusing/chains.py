@@ -4,16 +4,18 @@ A value is followed from the step that makes it to the one that uses it: within 
 module whose result it is, into a module whose argument it is.
 """
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import fx, nn
 
-from fastcls.fusing.steps import Step, changed_call, input_of, read
+from fastcls.fusing.steps import KEPT, STATE, Step, changed_call, input_of, read
 from fastcls.fusing.tracing import Traced
 
 HEADS = ("conv", "log_softmax", "cross_entropy")
+LOSSES = ("log_softmax", "nll_loss", "cross_entropy")
 
 
 class Link(NamedTuple):
@@ -78,11 +80,15 @@ def signature(link: Link):
 
 
 class View:
-    """All graphs of a model in one mode, seen as one flow."""
+    """All graphs of a model in one mode, seen as one flow.
 
-    def __init__(self, traced: list[Traced], root: nn.Module):
+    ``opaque``: modules that may be called unseen, {id: why}.
+    """
+
+    def __init__(self, traced: list[Traced], root: nn.Module, opaque: dict[int, str]):
         self.traced = traced
         self.root = root
+        self.opaque = opaque
         self.by_owner = {id(t.owner): t for t in traced}
         self.calls = defaultdict(list)  # id of a module → [(graph, node)]
         for t in traced:
@@ -114,8 +120,10 @@ class View:
             chain.refuse(head.step.refusal)
         elif calls > 1 and head.step.kind == "conv":
             chain.refuse(f"{head.what} is called {calls} times")
-        elif head.step.kind == "log_softmax" and _overwritten(input_of(head.node)):
-            chain.refuse("the logits are overwritten")
+        elif head.step.kind == "log_softmax" and _may_be_overwritten(
+            head.traced, input_of(head.node)
+        ):
+            chain.refuse("the logits may be overwritten")
         at = head.traced, head.node
         while not chain.refusal and (expected := _expected(chain)):
             found = self._next(*at)
@@ -129,7 +137,7 @@ class View:
                 if not _does_something(chain):
                     chain.refuse(f"no {_wanted(chain)} follows")
                 break
-            if refusal := step.refusal or _mixed(head, step):
+            if refusal := step.refusal or _unfit(head, step):
                 chain.shorten(len(chain.links), refusal)
                 break
             chain.links.append(Link(traced, node, step))
@@ -142,6 +150,10 @@ class View:
             if len(value.users) != 1:
                 return f"its result is used {len(value.users)} times"
             (user,) = value.users
+            if value.meta.get(KEPT):
+                return "its result is kept by forward"
+            if user.meta.get(STATE) != value.meta.get(STATE):
+                return "autocast or grad mode changes"
             if user.op == "output":
                 where = self._caller(traced, user, value)
             elif user.op == "call_module":
@@ -175,6 +187,8 @@ class View:
             return f"{traced.path} is called by a forward that could not be traced"
         if calls > 1:
             return f"{traced.path} is called {calls} times"
+        if id(traced.owner) in self.opaque:
+            return self.opaque[id(traced.owner)]
         why = changed_call(traced.owner)
         return why and f"{traced.path}: {why}"
 
@@ -191,9 +205,16 @@ def _expected(chain):
     return {"relu", "max_pool"} - kinds
 
 
-def _mixed(head, step):
-    if step.kind == "batch_norm" and (step.module is None) != (head.step.module is None):
+def _unfit(head, step):
+    """Why a batch norm cannot be folded into this convolution."""
+    if step.kind != "batch_norm":
+        return None
+    if (step.module is None) != (head.step.module is None):
         return "of convolution and batch norm one is a module, one a function"
+    before = set(itertools.takewhile(lambda n: n is not head.node, head.traced.graph.nodes))
+    for value in step.arguments.values():
+        if isinstance(value, fx.Node) and value.op != "get_attr" and value not in before:
+            return "what batch norm multiplies by is computed after the convolution"
     return None
 
 
@@ -207,11 +228,30 @@ def _wanted(chain):
     )
 
 
-def _overwritten(value):
-    def in_place(node):
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "imul", "isub")
+# Uses of a tensor that leave it as it is, and those whose results share its memory.
+_READS = {"argmax", "argmin", "max", "mean", "size", "softmax", "sum", "topk"}
+_VIEWS = {"detach", "flatten", "getitem", "reshape", "squeeze", "transpose", "unsqueeze", "view"}
 
-    return isinstance(value, fx.Node) and any(
-        in_place(user) for user in value.users if user.op in ("call_method", "call_function")
-    )
+
+def _name(node):
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _may_be_overwritten(traced, value):
+    """Might another use of the logits, or of what they are a view of, write over them?"""
+    while isinstance(value, fx.Node):
+        if not _is_only_read(traced, value):
+            return True
+        value = input_of(value) if _name(value) in _VIEWS else None
+    return False
+
+
+def _is_only_read(traced, value):
+    for user in value.users:
+        step = read(user, traced.owner)
+        reads = user.op == "output" or _name(user) in _READS or (step and step.kind in LOSSES)
+        if not reads and not (_name(user) in _VIEWS and _is_only_read(traced, user)):
+            return False
+    return True

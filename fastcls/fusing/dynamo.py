@@ -7,7 +7,7 @@ from fastcls import functional
 from fastcls.fusing import edits
 from fastcls.fusing.chains import Chain, View
 from fastcls.fusing.choice import conv_block_pays
-from fastcls.fusing.steps import input_of
+from fastcls.fusing.steps import STATE, input_of
 from fastcls.fusing.tracing import Traced
 
 
@@ -28,7 +28,8 @@ def fastcls(gm: fx.GraphModule, example_inputs, *, mode=None, options=None):
 def swap_chains(gm: fx.GraphModule) -> None:
     """Swap the chains of functions in ``gm`` in place, where the fused op is faster."""
     regions = any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
-    chains = View([Traced(gm, "", gm.graph)], gm).chains()
+    _note_modes(gm.graph)
+    chains = View([Traced(gm, "", gm.graph)], gm, opaque={}).chains()
     # All are chosen before the first edit, which leaves nodes of unknown sizes behind.
     for chain in [chain for chain in chains if _is_swapped(chain, regions)]:
         if chain.head.step.kind == "cross_entropy":
@@ -41,6 +42,23 @@ def swap_chains(gm: fx.GraphModule) -> None:
                 edits.drop(link)
             edits.replace_conv(chain, functional.conv_block)
     gm.recompile()
+
+
+_MODES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+}
+
+
+def _note_modes(graph):
+    """Which stretch between changes of grad mode and autocast a node stands in."""
+    stretch = 0
+    for node in graph.nodes:
+        stretch += node.target in _MODES
+        node.meta[STATE] = stretch
 
 
 def _is_swapped(chain: Chain, regions: bool) -> bool:

@@ -1,6 +1,7 @@
 """What can be fused in a model, and why the rest cannot: nothing is changed here."""
 
 import ast
+import functools
 import inspect
 import itertools
 import textwrap
@@ -51,9 +52,10 @@ class Plan:
 
 def make_plan(model: nn.Module) -> Plan:
     traced, untraced = _trace_all(model)
-    views = [View([t[0] for t in traced], model)]
+    opaque = _opaque(untraced)
+    views = [View([t[0] for t in traced], model, opaque)]
     if any(train is not evaluation for train, evaluation in traced):
-        views.append(View([t[1] for t in traced], model))
+        views.append(View([t[1] for t in traced], model, opaque))
     names = {id(m): name for name, m in reversed(list(model.named_modules()))}
     losses = [(names[id(m)], m) for m in model.modules() if isinstance(m, nn.CrossEntropyLoss)]
     plan = Plan(_groups(views), untraced, views, losses)
@@ -112,7 +114,7 @@ def _agree(group, modes):
 
 def _drop_what_cannot_be(plan):
     """Shorten and refuse chains until every step left can be taken out of its forward."""
-    opaque = _opaque(plan.untraced)
+    opaque = plan.views[0].opaque
     changed = True
     while changed:
         changed = False
@@ -187,31 +189,66 @@ def _opaque(untraced):
     found = {}
     for module, path, _ in untraced:
         why = f"{path or 'the model'} could not be traced and may call it at any time"
-        into = _reached_into(type(module))
+        into = _reached_into(module)
         for name, child in module.named_children():
-            found[id(child)] = why
-            if isinstance(child, nn.Sequential) and (into is None or name in into):
-                found |= {id(grandchild): why for grandchild in child.children()}
+            within = child.modules() if into is None or name in into else [child]
+            found |= {id(m): why for m in within}
     return found
 
 
-def _reached_into(cls):
-    """Names x of which a method does more than call ``self.x(...)``; None if it cannot be told."""
+def _reached_into(module):
+    """Names of the children of which a method does more than call ``self.child(...)``.
+
+    None if it cannot be told: the source is not at hand, ``self`` itself is handed on, or a method
+    of ``nn.Module`` is used that gives modules.
+    """
+    reached = set()
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return reached
+        names = _reached_by(cls)
+        if names is None:
+            return None
+        reached |= names
+    return None
+
+
+@functools.cache
+def _reached_by(cls):
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError, SyntaxError):
         return None
-    methods = [m for m in ast.walk(tree) if isinstance(m, ast.FunctionDef) and m.name != "__init__"]
-    nodes = [node for method in methods for node in ast.walk(method)]
+    reached = set()
+    for method in definition.body:
+        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and method.args.args:
+            if method.name == "__init__":
+                continue
+            names = _reached_in(method, method.args.args[0].arg)
+            if names is None:
+                return None
+            reached |= names
+    return reached
+
+
+# What forward may use of nn.Module without getting at other modules.
+_HARMLESS = {"forward", "register_buffer", "training", "__class__", "_get_name"}
+
+
+def _reached_in(method, itself):
+    nodes = list(ast.walk(method))
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    return {
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-        and id(node) not in called
-    }
+    uses = [n for n in nodes if isinstance(n, ast.Attribute) and _is_name(n.value, itself)]
+    owned = {id(use.value) for use in uses}
+    if any(_is_name(node, itself) and id(node) not in owned for node in nodes):
+        return None
+    if any(hasattr(nn.Module, use.attr) and use.attr not in _HARMLESS for use in uses):
+        return None
+    return {use.attr for use in uses if id(use) not in called}
+
+
+def _is_name(node, name):
+    return isinstance(node, ast.Name) and node.id == name
 
 
 # --------------------------------------------------------------------------------------- report

@@ -12,6 +12,10 @@ from torch import fx, nn
 
 from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
 
+# Keys of a node's ``meta``: grad mode and autocast where they are not those of the forward's start;
+# its value is still kept after the forward.
+STATE, KEPT = "fastcls_state", "fastcls_kept"
+
 
 class Step(NamedTuple):
     """A node, read.
@@ -111,9 +115,9 @@ def read(node: fx.Node, owner: nn.Module) -> Step | None:
 def read_module(module: nn.Module, name: str) -> Step | None:
     for cls, kind in MODULES.items():
         if isinstance(module, cls):
-            arguments = {a: getattr(module, a) for a in ARGUMENTS[kind] if hasattr(module, a)}
-            # A module's mode is asked for when it runs.
-            arguments = {a: v for a, v in arguments.items() if a not in {*TENSORS, "training"}}
+            # A module's mode is asked for when it runs; its tensors may be computed when read.
+            names = [a for a in ARGUMENTS[kind] if a not in {*TENSORS, "training"}]
+            arguments = {a: getattr(module, a) for a in names if hasattr(module, a)}
             refusal = module_refusal(module, cls) or _refusal(kind, arguments)
             if kind == "batch_norm" and module.running_mean is None:
                 refusal = "batch norm keeps no running statistics"

@@ -27,6 +27,10 @@ def restore_class(module: nn.Module) -> None:
         return
     for name in vars(module).pop(_ADDED):
         del vars(module)[name]
+    cls = type(module)
+    if nn.utils.parametrize.is_parametrized(module):  # since then: in a class derived from ours
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        native = type(f"Parametrized{native.__name__}", (native,), own)
     module.__class__ = native
 
 
@@ -78,6 +82,9 @@ class SwappedConvBlock(FusedConvBlock):
             self.pool_padding,
             self.ceil_mode,
         )
+
+    def to_native(self):
+        raise RuntimeError("to_native: this layer is part of a fused model; fastcls.unfuse it")
 
     def extra_repr(self):
         text = super().extra_repr()

@@ -2,20 +2,27 @@
 
 A trace sees one way through the Python code. It is taken for the whole only where nothing hides
 another: it is repeated with tensors that say they are tensors and with ones that do not, with
-optional arguments given and left at their defaults, in training mode and in evaluation mode.
+optional arguments given and left at their defaults, in training mode and in evaluation mode, with
+the children in the other mode and gradients switched over.
 """
 
+import builtins
 import contextlib
+import dis
+import enum
+import gc
 import inspect
 import math
 import operator
 import random
+import sys
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from fastcls.fusing.steps import changed_call
+from fastcls.fusing.steps import KEPT, STATE, changed_call
 
 
 class CannotTrace(Exception):
@@ -73,6 +80,9 @@ def trace_both_modes(owner: nn.Module, path: str) -> tuple[Traced, Traced]:
         modes = []
         for owner.training in (True, False):  # not .train(): children stay as they are
             modes.append(_trace_certainly(owner, path))
+            with _all_else_switched_over(owner):
+                if code(_trace(owner, path).graph) != code(modes[-1].graph):
+                    raise CannotTrace("forward goes by the mode of its children or of gradients")
     finally:
         owner.training = was_training
     train, evaluation = modes
@@ -95,31 +105,80 @@ def _trace_certainly(owner, path):
     if plain not in (None, code(traced.graph)):
         raise CannotTrace("forward asks for the type of its arguments")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if defaults:
-        without = _trace(owner, path, defaults)
-        if _calls(without.graph) != _calls(traced.graph):
-            raise CannotTrace("forward asks whether an optional argument was given")
+    if defaults and not _is_same(traced.graph, _trace(owner, path, defaults).graph, defaults):
+        raise CannotTrace("forward asks whether an optional argument was given")
     return traced
 
 
-def _calls(graph):
-    """Operations in order, without those that fx adds to check constant arguments."""
+@contextlib.contextmanager
+def _all_else_switched_over(owner):
+    """The modules below in the other mode, and gradients the other way."""
+    below = [m for m in owner.modules() if m is not owner]
+    modes = [m.training for m in below]
+    try:
+        for module in below:
+            module.training = not module.training
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            yield
+    finally:
+        for module, mode in zip(below, modes, strict=True):
+            module.training = mode
+
+
+def _is_same(graph, without, defaults):
+    """Do the graphs differ only in that the arguments of ``defaults`` are constants in the second?
+
+    That one also has operations with which fx checks the constants.
+    """
     checks = (torch._assert, operator.eq)
-    return [
-        (n.op, n.target)
-        for n in graph.nodes
-        if n.op not in ("placeholder", "output")
-        and n.target not in checks
-        and getattr(n.target, "__name__", "") != "_assert_is_none"
-    ]
+    steps, others = (
+        [
+            n
+            for n in g.nodes
+            if n.op != "placeholder"
+            and n.target not in checks
+            and getattr(n.target, "__name__", "") != "_assert_is_none"
+        ]
+        for g in (graph, without)
+    )
+    twins = {n: n.target for g in (graph, without) for n in g.nodes if n.op == "placeholder"}
+
+    def same(a, b):
+        if isinstance(a, fx.Node):
+            if a.op == "placeholder" and a.target in defaults:
+                default = defaults[a.target]
+                return b is default or (type(b) is type(default) and b == default)
+            return isinstance(b, fx.Node) and twins[a] == twins[b]
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, (tuple, list)):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict):
+            return list(a) == list(b) and all(map(same, a.values(), b.values()))
+        if isinstance(a, slice):
+            return all(map(same, (a.start, a.stop, a.step), (b.start, b.stop, b.step)))
+        return a == b
+
+    for number, (a, b) in enumerate(zip(steps, others, strict=False)):
+        if (a.op, a.target) != (b.op, b.target):
+            return False
+        if not (same(a.args, b.args) and same(dict(a.kwargs), dict(b.kwargs))):
+            return False
+        twins[a] = twins[b] = number
+    return len(steps) == len(others)
 
 
 def _trace(owner, path, defaults=None, *, say_tensor=True):
     watch = _Watch()
-    tracer = _Tracer(watch, say_tensor)
-    before, rng = _attributes(owner), (random.getstate(), torch.get_rng_state())
+    tracer = _Tracer(watch)
+    attributes, rng = _Contents(owner), (random.getstate(), torch.get_rng_state())
     try:
-        with _recording_reads(owner, watch), _noticing_saved_tensor_hooks(watch):
+        with (
+            _recording_reads(owner, watch),
+            _noticing_saved_tensor_hooks(watch),
+            _answering_for_proxies(say_tensor),
+            _noticing_types_asked_for(),
+        ):
             graph = tracer.trace(owner, concrete_args=defaults)
     except Exception as error:  # whatever the forward does with a proxy
         text = str(error).strip().splitlines() or [type(error).__name__]
@@ -128,10 +187,15 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         drew = random.getstate() != rng[0] or not torch.equal(torch.get_rng_state(), rng[1])
         random.setstate(rng[0])
         torch.set_rng_state(rng[1])
+        if attributes.are_changed():
+            watch.fixed = "forward changes attributes of the module"
+        kept = tracer.kept()
+        attributes.restore()
     if drew:
         raise CannotTrace("forward draws random numbers")
-    if _attributes(owner) != before:
-        watch.fixed = "forward changes attributes of the module"
+    for node in kept:
+        node.meta[KEPT] = True
+        watch.fixed = "forward keeps tensors"
     if isinstance(owner, fx.GraphModule):
         watch.fixed = "it is a torch.fx.GraphModule"
     for node in graph.nodes:
@@ -140,12 +204,7 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     return Traced(owner, path, graph, frozenset(watch.reads), watch.fixed)
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy for which ``isinstance(proxy, torch.Tensor)`` holds."""
-
-    @property
-    def __class__(self):
-        return torch.Tensor
+_PROXIES = (fx.Proxy, fx.proxy.Attribute)
 
 
 class _Tracer(fx.Tracer):
@@ -153,28 +212,43 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, watch, say_tensor):
+    def __init__(self, watch):
         super().__init__(autowrap_modules=())
         self.watch = watch
-        self.proxy_class = _TensorProxy if say_tensor else fx.Proxy
         self.state = _global_state()
+        self.proxies = []
 
     def is_leaf_module(self, m, module_qualified_name):
         return True
 
     def proxy(self, node):
-        return self.proxy_class(node, self)
+        proxy = super().proxy(node)
+        self.proxies.append((weakref.ref(proxy), node))
+        return proxy
+
+    def kept(self):
+        """Nodes of which somebody still has the proxy, now that ``forward`` has returned."""
+        alive = [node for proxy, node in self.proxies if proxy() is not None]
+        if alive:
+            gc.collect()
+        return [node for proxy, node in self.proxies if proxy() is not None]
 
     def create_proxy(self, *args, **kwargs):
-        if _global_state() != self.state:
+        proxy = super().create_proxy(*args, **kwargs)
+        if (state := _global_state()) != self.state:
             self.watch.fixed = "forward changes autocast or grad mode"
-        return super().create_proxy(*args, **kwargs)
+            proxy.node.meta[STATE] = state
+        return proxy
 
     def create_arg(self, a):
-        if issubclass(type(a), fx.Proxy):  # whatever it says that it is
+        if type(a) in _PROXIES:
             return a.node
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             raise CannotTrace("forward makes a tensor of its own")
+        if isinstance(a, dict) and type(a) is not dict:
+            self.watch.fixed = f"forward makes a {type(a).__name__}"
+        if isinstance(a, float):  # NumPy's say what they are in a way that is no Python
+            a = float(a)
         return super().create_arg(a)
 
 
@@ -188,12 +262,36 @@ def _global_state():
     )
 
 
-def _attributes(module):
-    """Identity and length of everything that the module has: a change of either shows."""
-    return {
-        name: (id(value), len(value) if isinstance(value, (list, dict, set)) else None)
-        for name, value in vars(module).items()
-    }
+class _Contents:
+    """What a module's attributes are and hold, in lists, dicts and sets of any depth."""
+
+    def __init__(self, module):
+        self.saved = {}
+        self._save(vars(module))
+
+    def _save(self, value):
+        if isinstance(value, (list, dict, set)) and id(value) not in self.saved:
+            self.saved[id(value)] = value, value.copy()
+            for item in value.values() if isinstance(value, dict) else value:
+                self._save(item)
+
+    def are_changed(self):
+        return any(not _holds_the_same(value, copy) for value, copy in self.saved.values())
+
+    def restore(self):
+        for value, copy in self.saved.values():
+            if _holds_the_same(value, copy):
+                continue
+            value.clear()
+            value.extend(copy) if isinstance(value, list) else value.update(copy)
+
+
+def _holds_the_same(a, b):
+    def items(values):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return [(key, id(value)) for key, value in pairs]
+
+    return items(a) == items(b)
 
 
 def _is_known_function(target):
@@ -202,26 +300,120 @@ def _is_known_function(target):
     return known or target in (getattr, math, operator)
 
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"__dict__", "__class__"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+# Values that are what they are as long as the attribute is.
+_CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @contextlib.contextmanager
-def _recording_reads(module, watch):
-    """Names of the plain attributes that are read, in ``watch.reads``."""
-    cls = type(module)
+def _recording_reads(owner, watch):
+    """Names of the plain attributes of ``owner`` that are read, in ``watch.reads``."""
 
-    def __getattribute__(self, name):
-        value = cls.__getattribute__(self, name)
-        plain = self is module and name not in _MODULE_ATTRIBUTES
-        if plain and name in cls.__getattribute__(self, "__dict__"):
+    def note(module, name, value):
+        own = name in object.__getattribute__(module, "__dict__")
+        if name in _MODULE_ATTRIBUTES or callable(value) or _is_computed(type(module), name, own):
+            return
+        if module is not owner:
+            watch.fixed = f"forward reads {name} of another module"
+        elif _is_constant(value):
             watch.reads.add(name)
-        return value
+        else:
+            watch.fixed = f"forward reads {name}, a {type(value).__name__}"
 
-    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": __getattribute__})
+    watched, classes = {}, {}
+    for module in owner.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        classes[module] = cls = type(module)
+        if cls not in watched:
+            watched[cls] = _watched_class(cls, note)
+        module.__class__ = watched[cls]
     try:
         yield
     finally:
-        module.__class__ = cls
+        for module, cls in classes.items():
+            module.__class__ = cls
+
+
+def _watched_class(cls, note):
+    def __getattribute__(self, name):
+        value = cls.__getattribute__(self, name)
+        note(self, name, value)
+        return value
+
+    return type(cls.__name__, (cls,), {"__getattribute__": __getattribute__})
+
+
+def _is_computed(cls, name, own):
+    """Is it a property, say, which reads other attributes itself?"""
+    return not own and hasattr(inspect.getattr_static(cls, name, None), "__get__")
+
+
+def _is_constant(value):
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (*_CONSTANTS, enum.Enum))
+
+
+@contextlib.contextmanager
+def _answering_for_proxies(say_tensor):
+    """``isinstance`` and ``hasattr`` for proxies, which stand for whatever forward is given.
+
+    PyTorch is told that they are tensors. The forward is told so, or that they are not; what else
+    they might be it cannot find out.
+    """
+    real_isinstance, real_hasattr = builtins.isinstance, builtins.hasattr
+
+    def isinstance_(obj, classes):
+        if type(obj) not in _PROXIES or real_isinstance(obj, classes):
+            return real_isinstance(obj, classes)
+        asks = sys._getframe(1)
+        if asks.f_globals.get("__name__", "").startswith(("torch.fx", "torch.nn.parameter")):
+            return False
+        if issubclass(torch.Tensor, classes):
+            return say_tensor or not _is_users(asks)
+        if not _is_users(asks):
+            return False
+        raise CannotTrace("forward asks for the type of its arguments")
+
+    def hasattr_(obj, name):
+        if type(obj) in _PROXIES and _is_users(sys._getframe(1)):
+            raise CannotTrace("forward asks what its arguments have")
+        return real_hasattr(obj, name)
+
+    builtins.isinstance, builtins.hasattr = isinstance_, hasattr_
+    try:
+        yield
+    finally:
+        builtins.isinstance, builtins.hasattr = real_isinstance, real_hasattr
+
+
+_NOT_USERS = {"torch", "fastcls"} | sys.stdlib_module_names
+
+
+def _is_users(frame):
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_USERS
+
+
+@contextlib.contextmanager
+def _noticing_types_asked_for():
+    """``type(x)`` cannot be answered for a proxy: code of the user's that has it is refused."""
+    seen = set()
+
+    def profile(frame, event, _):
+        if event == "call" and _is_users(frame):
+            seen.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    for function in seen:
+        for step in dis.get_instructions(function):
+            if step.opname == "LOAD_GLOBAL" and step.argval == "type":
+                raise CannotTrace("forward asks for the type of something")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,507 @@
+"""fuse and forwards that hide something from a trace: the same numbers, fused or left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same
+from nets import Net, conv, layers
+from torch import nn
+
+from fastcls import fuse, fusion_report, unfuse
+from fastcls.fusing.dynamo import fastcls as in_graphs
+
+
+def results(model, x, *more):
+    """Output, whether it has a graph, and the gradients of input and parameters."""
+    torch.manual_seed(0)  # of the dropouts
+    x = x.clone().requires_grad_()
+    out = model(x, *more)
+    wanted = [x, *model.parameters()]
+    graph = out.requires_grad
+    grads = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True) if graph else []
+    return [out.detach(), *grads]
+
+
+def assert_same_numbers(fused, native, *more, shape=(2, 3, 12, 12)):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for mode in (True, False):
+        ours, expected = (results(m.train(mode), x, *more) for m in (fused, native))
+        assert len(ours) == len(expected)
+        for got, want in zip(ours, expected, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def made(cls, **modules):
+    torch.manual_seed(0)
+    return cls(**modules)
+
+
+# ------------------------------------------------------- what a trace gives to PyTorch as a number
+
+
+NUMBERS = {
+    "arange": lambda x: torch.arange(x.shape[1]),
+    "zeros": lambda x: torch.zeros(x.size(0), 1, 1, 1),
+    "tensor": lambda x: torch.tensor(x.shape[0]),
+    "Tensor": lambda x: torch.Tensor(x.shape[0]).zero_(),
+    "as_tensor": lambda x: torch.as_tensor(x).mean(),
+    "expand": lambda x: torch.zeros(1, 1).expand(x.shape[0], 1)[:, :, None, None],
+    "one_hot": lambda x: F.one_hot(torch.arange(3), x.shape[1]).sum(),
+    "reentrant": lambda x: torch.utils.checkpoint.checkpoint(
+        torch.cos, x.detach(), use_reentrant=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_sizes_and_values_as_numbers(name):
+    class Numbers(Net):
+        def forward(self, x):
+            return self.relu(self.conv1(x)) + NUMBERS[name](x).sum()
+
+    native = made(Numbers)
+    assert_same_numbers(fuse(native), native)
+
+
+# ------------------------------------------------------------------- below what cannot be traced
+
+
+def body():
+    return layers(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = body()
+        self.conv, self.relu = conv(3, 4), nn.ReLU()
+
+    def forward(self, x):
+        return self.features(x) + self.relu(self.conv(x))[:, :, ::2, ::2]
+
+
+class Untraceable(Net):
+    """Each of its heirs reaches for layers whose results others use too."""
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.go(x)
+
+
+class ReachesThrough(Untraceable):
+    def go(this, x):
+        for number, layer in enumerate(this.body.features):
+            x = layer(x)
+            if number == 0:
+                return x
+
+
+class ReachesIntoList(Untraceable):
+    def go(self, x):
+        for block in self.blocks:
+            return block[0](x)
+
+
+class CallsGrandchild(Untraceable):
+    def go(self, x):
+        return self.body.conv(x)
+
+
+class Inherits(CallsGrandchild):
+    pass
+
+
+class Iterates(Untraceable):
+    def go(self, x):
+        for name, child in self.named_children():
+            if name == "body":
+                return child.features[0](x)
+
+
+class AsksByName(Untraceable):
+    def go(self, x):
+        return getattr(self, "body").features[0](x)  # noqa: B009
+
+
+class CalledBeside(Untraceable):
+    """The block's convolution is followed by the ReLU in one way, by nothing in the other."""
+
+    def __init__(self):
+        block = layers(conv(3, 4))
+        super().__init__(block=block, whole=layers(block, nn.ReLU()))
+
+    def go(self, x):
+        return self.whole(x) + 2 * self.block(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ReachesThrough(body=Body()),
+        lambda: ReachesIntoList(blocks=nn.ModuleList([body()])),
+        lambda: CallsGrandchild(body=Body()),
+        lambda: Inherits(body=Body()),
+        lambda: Iterates(body=Body()),
+        lambda: AsksByName(body=Body()),
+        CalledBeside,
+    ],
+    ids=["through", "list", "grandchild", "inherited", "iterated", "by-name", "beside"],
+)
+def test_layers_that_an_untraced_forward_reaches_for(make):
+    torch.manual_seed(0)
+    native = make()
+    assert_same_numbers(fuse(native), native)
+
+
+class CallsOnly(Untraceable):
+    def go(self, x):
+        return self.body(x)
+
+
+def test_what_an_untraced_forward_only_calls_is_fused_inside():
+    native = made(CallsOnly, body=Body())
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 2
+    assert_same_numbers(fused, native)
+
+
+# --------------------------------------------------------------------------- grad mode, autocast
+
+
+class GradBehind(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.conv1(x)
+        return self.relu(self.norm(h))
+
+
+class GradBefore(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        with torch.no_grad():
+            h = self.relu(h)
+        return h + self.conv2(h)
+
+
+class FrozenBody(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(3, 4)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.conv(x)
+
+
+def frozen_and_head():
+    return nn.Sequential(FrozenBody(), nn.BatchNorm2d(4), nn.ReLU())
+
+
+class AutocastBehind(Net):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.conv1(x)
+        return self.relu(self.norm(h.float()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [GradBehind, GradBefore, frozen_and_head, AutocastBehind],
+    ids=["behind", "before", "decorated", "autocast"],
+)
+def test_no_chain_over_a_change_of_mode(make):
+    torch.manual_seed(0)
+    native = make()
+    assert_same_numbers(fuse(native), native)
+
+
+class FunctionalModes(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            h = F.conv2d(x, self.conv1.weight)
+        y = F.conv2d(x, self.conv2.weight[:, :3])
+        with torch.no_grad():
+            z = F.relu(y)
+        return F.relu(h * self.norm.weight[:, None, None]) + F.relu(h) + z + y
+
+
+def test_no_chain_over_a_change_of_mode_in_compiled_graphs():
+    torch._dynamo.reset()
+    native = made(FunctionalModes)
+    assert_same_numbers(torch.compile(native, backend=in_graphs), native)
+
+
+# ------------------------------------------------------------ state that is read, changed or kept
+
+
+class OthersMode(Net):
+    def forward(self, x):
+        x = F.dropout(F.relu(self.conv1(x)), 0.5, self.drop.training)
+        return self.relu(x) if self.drop.training else x
+
+
+class OthersSetting(Net):
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * self.drop.p
+
+
+class ByGradMode(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return self.relu(h) if torch.is_grad_enabled() else h
+
+
+@pytest.mark.parametrize("cls", [OthersMode, OthersSetting, ByGradMode])
+def test_state_of_other_modules_and_of_pytorch(cls):
+    native = made(cls, drop=nn.Dropout(0.5))
+    fused = fuse(native)
+    assert_same_numbers(fused, native)
+    for model in (fused, native):
+        model.drop.p = 0.25
+    assert_same_numbers(fused, native)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 12, 12)
+        torch.testing.assert_close(fused(x), native(x))
+
+
+class Settings:
+    gain = 2.0
+
+
+class Configured(Net):
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * self.settings.gain
+
+
+class ClassConstant(Net):
+    gain = 1.0
+
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * self.gain
+
+
+def test_settings_may_change_inside():
+    native = made(Configured)
+    fused = fuse(native)
+    fused.settings.gain = native.settings.gain = 3.0
+    assert_same_numbers(fused, native)
+
+
+def test_constants_of_the_class_cannot_be_set_unseen():
+    fused = fuse(made(ClassConstant))
+    assert len(fusion_report(fused).fused) == 1
+    with pytest.raises(AttributeError, match="fuse wrote its value into forward"):
+        fused.gain = 2.0
+
+
+class Keeps(Net):
+    """Keeps what is before the ReLU: in an attribute, in a list, in a dict that has the key."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.kept, self.calls = how, {"list": [], "dict": {"h": None}, "attribute": 0}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.conv1(x)
+        if self.how == "list":
+            self.kept["list"].append(h)
+        elif self.how == "dict":
+            self.kept["dict"]["h"] = h
+        else:
+            self.kept["attribute"] = h
+        return self.relu(h)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("how", ["list", "dict", "attribute"])
+def test_what_forward_keeps(how, inplace):
+    native, x = made(lambda: Keeps(how)), torch.randn(2, 3, 12, 12)
+    torch.manual_seed(0)
+    fused = fuse(made(lambda: Keeps(how)), inplace=inplace)
+    assert fused.calls == 0 and fused.kept == native.kept  # the trace left nothing behind
+    for model in (native, fused):
+        torch.testing.assert_close(model(x), native.relu(native.conv1(x)))
+    kept = [m.kept[how] for m in (fused, native)]
+    kept = [k[0] if how == "list" else k["h"] if how == "dict" else k for k in kept]
+    torch.testing.assert_close(*kept)
+    assert fused.calls == 1
+
+
+# -------------------------------------------------------------------- arguments and their types
+
+
+class OptionalValue(Net):
+    def forward(self, x, dim=None):
+        return F.relu(self.conv1(x)).sum((2, 3) if dim is None else dim)
+
+
+class OptionalFactor(Net):
+    def forward(self, x, scale=None):
+        return F.relu(self.conv1(x)) * (2.0 if scale is None else scale)
+
+
+@pytest.mark.parametrize("cls, value", [(OptionalValue, 1), (OptionalFactor, 0.5)])
+def test_optional_arguments(cls, value):
+    native = made(cls)
+    fused = fuse(native)
+    assert_same_numbers(fused, native)
+    assert_same_numbers(fused, native, value)
+
+
+class ExactType(Net):
+    def forward(self, x):
+        h = self.relu(self.conv1(x))
+        return self.pool(h) if type(x) is torch.Tensor else h
+
+
+class HasTensors(Net):
+    def forward(self, x):
+        if hasattr(x, "tensors"):
+            x = x.tensors
+        return F.relu(self.conv1(x))
+
+
+class ListOrTensor(Net):
+    def forward(self, x):
+        if isinstance(x, (list, tuple)):
+            x = torch.cat(x)
+        return F.relu(self.conv1(x))
+
+
+@pytest.mark.parametrize("cls", [ExactType, HasTensors, ListOrTensor])
+def test_types_that_are_asked_for(cls):
+    native, x = made(cls), torch.randn(2, 3, 12, 12)
+    fused = fuse(native)
+    assert_same_numbers(fused, native)
+    if cls is ListOrTensor:
+        torch.testing.assert_close(fused([x, x]), native([x, x]))
+
+
+class TensorsOnly(Net):
+    def forward(self, x):
+        assert isinstance(x, torch.Tensor)
+        return F.relu(self.conv1(x))
+
+
+def test_asking_for_a_tensor_hides_nothing():
+    assert len(fusion_report(fuse(made(TensorsOnly))).fused) == 1
+
+
+class Double(float):
+    """As NumPy's floats are printed."""
+
+    def __repr__(self):
+        return f"np.float64({float(self)!r})"
+
+
+class OddConstant(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = Double(1.5)
+
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * self.scale
+
+
+def test_floats_of_other_types_in_a_new_forward():
+    native = made(OddConstant)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
+
+
+# ------------------------------------------------------------------ the order of what is computed
+
+
+class LateScale(Net):
+    def forward(self, x):
+        h = F.conv2d(x, self.conv1.weight)
+        gamma = self.norm.weight * 2
+        mean, var = self.norm.running_mean, self.norm.running_var
+        return F.relu(F.batch_norm(h, mean, var, gamma, self.norm.bias))
+
+
+def test_a_batch_norm_whose_weight_comes_late():
+    native = made(LateScale)
+    assert_same_numbers(fuse(native), native)
+    torch._dynamo.reset()
+    assert_same_numbers(torch.compile(native, backend=in_graphs), native)
+
+
+class Overwrites(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.fc, self.relu = how, nn.Linear(6, 5), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        with torch.no_grad():
+            z = self.fc(x)
+        lp = F.log_softmax(z, 1)
+        if self.how == "function":
+            F.relu(z, inplace=True)
+        elif self.how == "module":
+            self.relu(z)
+        elif self.how == "view":
+            z.view(-1).zero_()
+        elif self.how == "detached":
+            z.detach().zero_()
+        else:
+            z[:, 0] = 0.0
+        return F.nll_loss(lp, torch.arange(4) % 5) + x.sum() * 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["function", "module", "view", "detached", "item"])
+def test_logits_that_are_overwritten(how, compiled):
+    native = made(lambda: Overwrites(how))
+    if compiled:
+        torch._dynamo.reset()
+        fused = torch.compile(native, backend=in_graphs)
+    else:
+        fused = fuse(native)
+    assert_same_numbers(fused, native, shape=(4, 6))
+
+
+# ------------------------------------------------------------------------------- parametrizations
+
+
+def test_weight_norm_after_fusing_survives_unfusing():
+    from torch.nn.utils import parametrize
+    from torch.nn.utils.parametrizations import weight_norm
+
+    native, x = layers(conv(3, 4), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    fused = fuse(native)
+    weight_norm(fused[0])
+    expected = fused(x)
+    for model in (unfuse(fused), fuse(fused)):
+        assert type(model[0]).__mro__[1] is nn.Conv2d
+        torch.testing.assert_close(model(x), expected)
+        parametrize.remove_parametrizations(model[0], "weight")
+        assert type(model[0]) is nn.Conv2d
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_reports_leave_parametrizations_alone():
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    model = layers(spectral_norm(conv(3, 4)), nn.ReLU())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fusion_report(model)
+    for name, value in model.state_dict().items():
+        assert_same(value, state[name], name)
+
+
+def test_a_layer_of_a_fused_model_does_not_become_native_alone():
+    fused = fuse(layers(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()))
+    with pytest.raises(RuntimeError, match="unfuse"):
+        fused[0].to_native()
