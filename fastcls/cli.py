@@ -145,10 +145,15 @@ def settings(options: argparse.Namespace) -> dict:
     return given
 
 
+MOST_THREADS = 1024  # some systems end a process that starts many more
+
+
 def set_threads(count: int | None) -> None:
     if count is not None:
         if count < 1:
             raise UserError(f"--threads must be at least 1, got {count}")
+        if count > MOST_THREADS:
+            raise UserError(f"--threads must be at most {MOST_THREADS}, got {count}")
         torch.set_num_threads(count)
 
 
@@ -172,7 +177,7 @@ def pick_device(name: str, layers: str) -> str:
         raise UserError(f"--device {name}: torch finds {gpus} CUDA device(s)")
     if device.type == "cuda" and kernels != "loaded":
         raise UserError(f"fused layers cannot run on {name}: the CUDA kernels are {kernels}")
-    return name
+    return "cpu" if device.type == "cpu" else name  # an index of the CPU means nothing
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -135,6 +135,7 @@ def compare(
         raise UserError(f"{folder} already holds a comparison: choose another --out")
     config = module.Config(**changes)
     root, rows, losses = data_root(data), [], None
+    replace(config, seed=config.seed + seeds - 1)  # the last one's check
     bar = import_extra("tqdm").tqdm(total=seeds * config.epochs, unit=" epochs", disable=None)
     for seed in range(config.seed, config.seed + seeds):
         loaded = module.load_data(replace(config, seed=seed), root)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastcls.errors import import_extra
+from fastcls.errors import UserError, import_extra
 from fastcls.folders import open_image
 from fastcls.functional import conv_block
 
@@ -68,12 +68,18 @@ def draw(file: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
         The pictures.
 
     Raises:
-        UserError: the image cannot be read.
+        UserError: the image cannot be read, or is too small for the filters.
     """
     from fastcls import plots  # matplotlib takes its time
 
     pixels = import_extra("numpy").asarray(open_image(file).convert("L"))
     photo = torch.from_numpy(pixels / 255).float()
+    least = EDGE.shape[0] + 1  # what the layer and the pool after it need
+    if min(photo.shape) < least:
+        size = " x ".join(map(str, photo.shape))
+        raise UserError(
+            f"image {Path(file)} must have at least {least} x {least} pixels, has {size}"
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("photo-filters.png", "photo-maps.png", "layer-filters.png", "layer-maps.png")

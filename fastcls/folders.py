@@ -15,14 +15,21 @@ from fastcls.errors import UserError, import_extra
 def open_image(file: str | os.PathLike, draft: bool = False):
     """An image of Pillow, decoded and upright; ``draft`` makes it small where that is faster.
 
+    Grey levels of 16 bits become 8 bits; Pillow's own conversion would cut them off at 255.
+
     Raises:
-        UserError: the file is absent, no image, or damaged; the message names it.
+        UserError: the file is absent, no image, damaged, or its values have no known range (32-bit
+            integers and floats); the message names it.
     """
     try:
         with import_extra("PIL.Image").open(file) as image:
             if draft:
                 image.draft("RGB", (image.width // 8, image.height // 8))
             image.load()
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its values (mode {image.mode}) have no known range; save 8 bits")
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda value: value * (1 / 257)).convert("L")
             return import_extra("PIL.ImageOps").exif_transpose(image)  # as a viewer shows it
     except Exception as error:  # Pillow raises whatever its decoders trip over
         raise UserError(f"image {Path(file)} cannot be read: {error}") from error
@@ -139,8 +146,12 @@ def class_folders(
         ) from error
     files, labels = map(list, zip(*found.samples, strict=True))
     check_images(files)
-    parts = []
-    for part in shares_of(len(files), fractions, config.seed):
+    parts, shares = [], shares_of(len(files), fractions, config.seed)
+    if not all(map(len, shares)):
+        raise UserError(
+            f"{folder} must hold images to train, validate and test with, got {len(files)} in all"
+        )
+    for part in shares:
         training = not parts
         parts.append(
             FolderBatches(

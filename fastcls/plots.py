@@ -1,11 +1,12 @@
 """The pictures of a run, drawn straight to files."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from fastcls.errors import import_extra
+from fastcls.errors import UserError, import_extra
 from fastcls.summary import ClassFigures
 
 Figure = import_extra("matplotlib.figure").Figure
@@ -13,6 +14,25 @@ Figure = import_extra("matplotlib.figure").Figure
 LABELS = {"train": "training", "val": "validation", "test": "test"}
 COLOURS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
 RIGHT, WRONG = "tab:green", "tab:red"
+
+
+def check_file(file: str | os.PathLike) -> None:
+    """Can a picture be written to a file of this name?
+
+    Raises:
+        UserError: it is a folder, or its ending is of no kind of picture that can be written.
+    """
+    endings = sorted(Figure().canvas.get_supported_filetypes())
+    if Path(file).is_dir():
+        raise UserError(f"a picture cannot be written to {file}, which is a folder")
+    if Path(file).suffix.lower().removeprefix(".") not in endings:
+        raise UserError(f"a picture must end in .{', .'.join(endings)}, got {file}")
+
+
+def _save(figure: Figure, file: str | os.PathLike) -> None:
+    for text in figure.findobj(import_extra("matplotlib.text").Text):
+        text.set_parse_math(False)  # a dollar sign in a class name is one
+    figure.savefig(file, dpi=120)
 
 
 def curves(history: list[dict], step_losses: list[float], file: Path) -> None:
@@ -37,7 +57,7 @@ def curves(history: list[dict], step_losses: list[float], file: Path) -> None:
         axes.legend()
     left.set_ylim(bottom=0)
     right.yaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1))
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def _plot_epochs(axes, history: list[dict], part: str, figure_name: str) -> None:
@@ -79,7 +99,7 @@ def predictions(
             axes.set_xlabel(f"is {_short(classes[truth])}")
     for axes in list(cells)[len(images) :]:
         axes.set_axis_off()
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def strip(
@@ -101,7 +121,7 @@ def strip(
             f"{_short(classes[truth])}\n{_short(classes[guess])}",
             color=RIGHT if guess == truth else WRONG,
         )
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def _show(axes, image: torch.Tensor) -> None:
@@ -144,7 +164,7 @@ def confusion(counts: torch.Tensor, classes: list[str], file: Path) -> None:
             fontsize=8,
             color="white" if shares[row, column] > 0.5 else "black",
         )
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def class_accuracy(classes: list[ClassFigures], file: Path) -> None:
@@ -165,7 +185,7 @@ def class_accuracy(classes: list[ClassFigures], file: Path) -> None:
     axes.set_ylim(lowest - span * (0.1 + 1.5 * max(shifts) / 280), highest + span * 0.1)
     axes.grid(alpha=0.3)
     axes.yaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1))
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 LABEL_POINTS = 8
@@ -216,7 +236,7 @@ def guesses(photos: list, best: list[list[tuple[str, float]]], file: Path) -> No
         right.set(xlim=(0, 1.15), xticks=[0, 0.25, 0.5, 0.75, 1])
         right.xaxis.set_major_formatter(import_extra("matplotlib.ticker").PercentFormatter(1))
         right.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def filters(weights: dict[str, torch.Tensor], file: Path) -> None:
@@ -231,7 +251,7 @@ def filters(weights: dict[str, torch.Tensor], file: Path) -> None:
                 colour = "black" if value > middle else "white"
                 text = str(Fraction(value)) if value % 1 else f"{value:.0f}"
                 axes.text(column, row, text, color=colour, ha="center", va="center")
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def maps(images: dict[str, torch.Tensor], file: Path) -> None:
@@ -246,7 +266,7 @@ def maps(images: dict[str, torch.Tensor], file: Path) -> None:
         low, high = _range([image])
         axes.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
         axes.set_title(name)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def stages(maps: dict[str, torch.Tensor], channels: list[str], file: Path) -> None:
@@ -269,7 +289,7 @@ def stages(maps: dict[str, torch.Tensor], channels: list[str], file: Path) -> No
             if column == 0:
                 axes.set_ylabel(channel)
     figure.colorbar(shown, ax=cells, shrink=0.5)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def _range(maps: list[torch.Tensor]) -> tuple[float, float]:
@@ -309,4 +329,4 @@ def comparison(losses: dict[str, list[float]], ratios: list[list[float]], file: 
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)

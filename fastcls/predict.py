@@ -64,6 +64,7 @@ def predict(checkpoint: str | os.PathLike, files: list[str], out: str, **options
     """
     from fastcls import plots  # matplotlib takes its time
 
+    plots.check_file(out)
     predictor = Predictor(checkpoint, **options)
     photos = [open_image(file) for file in files]
     probabilities = predictor(torch.stack([predictor.input.prepare(photo) for photo in photos]))

@@ -62,6 +62,8 @@ def test_unknown_recipe_lists_all(capsys):
         (["train", "digits", "--threads", "0"], "--threads must be at least 1"),
         (["train", "digits", "--resume"], "--resume needs --out"),
         (["train", "digits", "--device", "tpu"], "--device must be"),
+        (["train", "digits", "--threads", "100000"], "--threads must be at most 1024"),
+        (["compare", "digits", "--seed", str(2**32 - 1), "--seeds", "2"], "seed must be in"),
         (["train", "digits", "--device", "cuda:99"], "CUDA device"),
     ],
 )
@@ -100,6 +102,10 @@ def test_auto_device_is_cpu_without_a_gpu(monkeypatch):
     assert pick_device("auto", "fused") == "cpu"
     with pytest.raises(UserError, match="torch finds 0 CUDA device"):
         pick_device("cuda", "fused")
+
+
+def test_the_cpu_has_no_numbers():
+    assert pick_device("cpu:0", "fused") == "cpu"
 
 
 def test_no_fused_layers_on_cuda_without_kernels(monkeypatch):

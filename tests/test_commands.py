@@ -19,6 +19,8 @@ Image = pytest.importorskip("PIL.Image")
 for extra in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(extra)
 
+from fastcls import plots  # noqa: E402  needs matplotlib
+
 PNG = b"\x89PNG"
 
 
@@ -72,7 +74,15 @@ def test_predict_names_what_it_cannot_read(folder, tmp_path, capsys, monkeypatch
     assert "text.pt cannot be read" in error_of(capsys, "predict", str(text), str(image))
     assert "no checkpoint of a run" in error_of(capsys, "predict", "other.pt", str(image))
     assert "none.png cannot be read" in error_of(capsys, "predict", best, "none.png")
+    for out, message in (("x.foo", "must end in ."), (str(folder), "which is a folder")):
+        assert message in error_of(capsys, "predict", best, str(image), "--out", out)
     assert not (tmp_path / "predict.png").exists()
+
+
+def test_dollar_signs_in_class_names(tmp_path):
+    file = tmp_path / "names.png"
+    plots.guesses([Image.new("L", (8, 8))], [[("a$_x^$", 0.75), ("$", 0.25)]], file)
+    assert file.read_bytes().startswith(PNG)
 
 
 def test_filters_are_convolutions():
@@ -105,6 +115,15 @@ def test_filters_draws_four_pictures(mode, tmp_path, capsys):
     assert sorted(printed) == sorted(str(file) for file in out.iterdir())
     assert len(printed) == 4
     assert all(file.read_bytes().startswith(PNG) for file in out.iterdir())
+
+
+def test_filters_need_a_photo_of_their_size(tmp_path, capsys):
+    for size, code in ((4, 2), (5, 0)):
+        Image.new("L", (9, size)).save(tmp_path / "photo.png")
+        command = ["filters", str(tmp_path / "photo.png"), "--out", str(tmp_path / f"{size}")]
+        assert main(command) == code
+        if code:
+            assert "must have at least 5 x 5 pixels, has 4 x 9" in capsys.readouterr().err
 
 
 def test_filters_writes_nothing_for_a_missing_photo(tmp_path, capsys):

@@ -11,6 +11,7 @@ from fastcls.folders import FolderBatches, check_images, class_folders, open_ima
 from fastcls.recipes.caltech_transfer import augmentation
 
 Image = pytest.importorskip("PIL.Image")
+np = pytest.importorskip("numpy")
 v2 = pytest.importorskip("torchvision.transforms.v2")
 
 INPUT = Input(3, 16, mean=[0.5] * 3, std=[0.5] * 3, resize=20)
@@ -102,6 +103,26 @@ def test_damaged_image_is_named(damage, folder):
         open_image(file)
     with pytest.raises(UserError, match=r"bee/3\.jpg"):
         load(folder)
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for ending in ("png", "tif"):
+        file = tmp_path / f"deep.{ending}"
+        Image.fromarray(grey.astype(np.uint16) * 257).save(file)
+        assert np.array_equal(np.asarray(open_image(file)), grey)
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(grey.astype(dtype)).save(file)
+        with pytest.raises(UserError, match=r"deep\.tif cannot be read: .* no known range"):
+            open_image(file)
+
+
+def test_too_few_photos_for_three_parts(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "1.png")
+    with pytest.raises(UserError, match="must hold images to train, validate and test with, got 2"):
+        load(tmp_path)
 
 
 def test_missing_folder_is_named(tmp_path):

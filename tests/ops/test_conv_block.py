@@ -785,6 +785,40 @@ def test_callers_tensors_are_never_written(name, dtypes, layout, device):
         assert_same(t.detach(), values, "caller's tensor")
 
 
+@pytest.mark.parametrize("transform", ["jvp", "vjp", "vmap", "vmap-grad", "forward-mode"])
+def test_torch_func(transform, device):
+    case = BY_NAME["plain"]
+    x, w, b, _ = random_problem(case, DTYPES["float32"], device)
+
+    def apply(function):
+        def f(x):
+            return function(x, w, b, **case.function_arguments)
+
+        if transform == "jvp":
+            return torch.func.jvp(f, (x,), (x,))
+        if transform == "vjp":
+            out, pull = torch.func.vjp(f, x)
+            return pull(torch.ones_like(out))
+        if transform == "vmap":
+            return torch.func.vmap(lambda x: f(x[None]))(x)
+        if transform == "vmap-grad":
+            return torch.func.vmap(torch.func.grad(lambda x: f(x[None]).square().sum()))(x)
+        with torch.autograd.forward_ad.dual_level():
+            dual = f(torch.autograd.forward_ad.make_dual(x, x))
+            return torch.autograd.forward_ad.unpack_dual(dual).tangent
+
+    ours, native = apply(conv_block), apply(reference.conv_block)
+    torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-4)
+
+
+def test_float32_weights_meet_half_precision_under_vmap(device):
+    case = BY_NAME["plain"]
+    x, w, b, _ = random_problem(case, DTYPES["bfloat16-float32"], device)
+    ours = torch.func.vmap(lambda x: conv_block(x[None], w, b, **case.function_arguments))(x)
+    expected = conv_block(x, w.to(x.dtype), b.to(x.dtype), **case.function_arguments)
+    torch.testing.assert_close(ours[:, 0], expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("changed", ["input", "weight"])
 def test_changed_in_place_before_backward_is_an_error(changed, device):
     x, w, b, _ = random_problem(BY_NAME["plain"], DTYPES["float32"], device)

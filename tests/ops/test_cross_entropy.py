@@ -942,6 +942,52 @@ def test_func_grad_and_hessian(device):
     torch.testing.assert_close(hessian(input), native(input))
 
 
+TRANSFORMS = {
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+    "vjp": lambda loss, x: torch.func.vjp(loss, x)[1](torch.ones((), device=x.device)),
+    "jacfwd": lambda loss, x: torch.func.jacfwd(loss)(x),
+    "jacrev": lambda loss, x: torch.func.jacrev(loss)(x),
+    "hessian": lambda loss, x: torch.func.hessian(loss)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(device, transform):
+    input, target = make_case((6, 5), "index", device=device)
+    ours, native = (
+        TRANSFORMS[transform](lambda x, f=f: f(x, target), input)
+        for f in (cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, native)
+
+
+def test_forward_mode(device):
+    input, target = make_case((6, 5), "index", device=device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, input)
+        ours, native = (
+            torch.autograd.forward_ad.unpack_dual(f(dual, target)).tangent
+            for f in (cross_entropy, F.cross_entropy)
+        )
+    torch.testing.assert_close(ours, native)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_pass_within_vmap(device, dtype):
+    input, target = make_case((6, 5), "index", dtype, device)
+    rows = torch.eye(6, dtype=dtype, device=device)
+
+    def jacobian(loss):
+        x = input.clone().requires_grad_()
+        losses = loss(x, target, reduction="none")
+        return torch.vmap(lambda v: torch.autograd.grad(losses, x, v, retain_graph=True)[0])(rows)
+
+    torch.testing.assert_close(
+        jacobian(cross_entropy), jacobian(F.cross_entropy), rtol=1e-3, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("kind", ["index", "prob"])
 def test_vmap(device, kind):
     cases = [make_case((6, 5), kind, device=device, seed=seed) for seed in range(3)]
