@@ -5,7 +5,7 @@
 # cases of them under compute-sanitizer. Rows go to bench/results/<GPU>.json. Without a GPU it says
 # so and shows that the benchmarks are collected.
 #
-# SHORT=1: for a machine lent for minutes. Nothing is built where the package has its CUDA kernels;
+# SHORT=1: for some minutes. Nothing is built where the package has its CUDA kernels;
 # batch 512, the peers that win, rows that are not there yet, no sanitizer, and each part begins
 # nothing after its seconds.
 # PARTS="bench train tests": these parts. FASTCLS_DATA: the folder that holds MNIST. JSON: a file

@@ -1,14 +1,14 @@
 """How long `mnist-speed` trains and how well: `python bench/mnist_speed.py [SEEDS [THREADS]]`.
 
 The seconds are of training with its loading, wall clock and processor time, without reading the
-data set before and evaluating after. The figures go where bench/recipes.py keeps those of runs.
+data set before and evaluating after. The figures go where bench/recipe_report.py keeps those of runs.
 """
 
 import sys
 import time
 from pathlib import Path
 
-import recipes as kept
+import recipe_report as kept
 import torch
 
 from fastcls import recipes

@@ -238,8 +238,8 @@ def readme_block(rows):
     lines = [
         f"![How many times faster, by machine and kind of row]({PICTURE.relative_to(ROOT)})",
         "",
-        f"A dot is a row, a bar their geometric mean; batch {README_BATCH}, all threads; red is",
-        "slower than PyTorch.",
+        f"A dot is a row, a bar their geometric mean; batch {README_BATCH}, or one of the row's",
+        "own; all threads; red is slower than the best peer.",
         "",
         "<details><summary>The means as tables, one thread too</summary>",
         "",

@@ -164,7 +164,7 @@ class MemoryBatches(Batches):
         if self.augment is not None:
             drawn = self.augment.draw(count, generator).to(self.device)
         for rows in self._rows(start):
-            # index_select copies whole images, indexing with a tensor single bytes: 8 times slower.
+            # index_select copies whole images, indexing with a tensor single bytes.
             chosen = images[rows] if order is None else images.index_select(0, order[rows])
             x = to_floats(chosen)
             if drawn is not None:

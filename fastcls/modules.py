@@ -106,7 +106,7 @@ class FusedConvBlock(nn.Conv2d):
         """The block that does conv → activation → pool, on the same Parameter objects.
 
         Args:
-            conv: ``nn.Conv2d``.
+            conv: ``nn.Conv2d``, or a subclass of it with the same ``forward``.
             pool: ``nn.MaxPool2d`` without dilation and return_indices, or None for no pool.
             activation: "relu" or None.
 
@@ -114,7 +114,7 @@ class FusedConvBlock(nn.Conv2d):
             TypeError: conv or pool is of another class.
             ValueError: a pool with dilation or return_indices.
         """
-        if not isinstance(conv, nn.Conv2d):
+        if not _does_a_convolution_only(conv):
             raise TypeError(f"from_native: conv must be nn.Conv2d, got {type(conv).__name__}")
         pooling = {"pool_size": None}
         if pool is not None:
@@ -151,6 +151,13 @@ class FusedConvBlock(nn.Conv2d):
                 )
             )
         return nn.Sequential(*layers).train(self.training)
+
+
+def _does_a_convolution_only(module):
+    return isinstance(module, nn.Conv2d) and all(
+        getattr(type(module), name) is getattr(nn.Conv2d, name)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def _conv_arguments(conv):

@@ -1,4 +1,4 @@
-"""A pytest plugin for rented machines: what has not begun when time is up is skipped.
+"""A pytest plugin for a time limit: what has not begun when time is up is skipped.
 
 `FASTCLS_SECONDS=75 pytest -p time_limit`, with this folder on PYTHONPATH. Unlike a killed run it
 still tells what has failed.

@@ -10,8 +10,8 @@
 namespace fastcls::cpu {
 
 // Asks for huge pages under memory that is about to be filled. The allocator maps fresh memory for
-// large sizes in every call, whose pages of 4 KiB come one fault at a time: three times as long
-// as it takes to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are
+// large sizes in every call, whose pages of 4 KiB come one fault at a time, which takes longer than
+// to fill them. A page of 2 MiB is one fault. Only whole ones inside the tensor are
 // asked for, so that no memory is taken beyond it; where the system knows no such pages nothing
 // happens.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {

@@ -143,7 +143,7 @@ Scale<T, Acc> make_scale(const std::optional<Tensor>& grad_loss, bool each, cons
   Scale<T, Acc> scale{nullptr, nullptr, each, divisor};
   if (!grad_loss) return scale;
   const ScalarType type = grad_loss->scalar_type();
-  const bool wide = type == accumulate_type(type);  // T may be it too
+  const bool wide = type == accumulate_type(type);  // float logits: T and Acc are the same
   const void* data = grad_loss->const_data_ptr();
   if (wide) scale.wide_grad_loss = static_cast<const Acc*>(data);
   if (!wide) scale.grad_loss = static_cast<const T*>(data);

@@ -1,6 +1,6 @@
 """Keeps the figures of finished runs, and writes them into docs/recipes.md.
 
-`python bench/recipes.py RUN...` takes folders of `fastcls train` and `fastcls compare`; without an
+`python bench/recipe_report.py RUN...` takes folders of `fastcls train` and `fastcls compare`; without an
 argument the document is written anew from docs/recipes.json.
 """
 
