@@ -1,7 +1,8 @@
 """How long `mnist-speed` trains and how well: `python bench/mnist_speed.py [SEEDS [THREADS]]`.
 
 The seconds are of training with its loading, wall clock and processor time, without reading the
-data set before and evaluating after. The figures go where bench/recipe_report.py keeps those of runs.
+data set before and evaluating after. The figures go where bench/recipe_report.py keeps those of
+runs.
 """
 
 import sys
