@@ -1,7 +1,7 @@
 """Keeps the figures of finished runs, and writes them into docs/recipes.md.
 
-`python bench/recipe_report.py RUN...` takes folders of `fastcls train` and `fastcls compare`; without
-an argument the document is written anew from docs/recipes.json.
+`python bench/recipe_report.py RUN...` takes folders of `fastcls train` and `fastcls
+compare`; without an argument the document is written anew from docs/recipes.json.
 """
 
 import json
