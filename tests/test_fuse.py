@@ -479,7 +479,7 @@ class Scaled(Net):
 
 def test_setting_what_was_written_into_a_forward_is_an_error():
     model = fuse(made(Scaled))
-    with pytest.raises(AttributeError, match=r"Scaled\.scale: fuse wrote its value into forward"):
+    with pytest.raises(AttributeError, match=r"Scaled\.scale: fuse went by its value in forward"):
         model.scale = 3.0
     model.something_else = 3.0
     back = unfuse(model)

@@ -299,7 +299,7 @@ def test_settings_may_change_inside():
 def test_constants_of_the_class_cannot_be_set_unseen():
     fused = fuse(made(ClassConstant))
     assert len(fusion_report(fused).fused) == 1
-    with pytest.raises(AttributeError, match="fuse wrote its value into forward"):
+    with pytest.raises(AttributeError, match="fuse went by its value in forward"):
         fused.gain = 2.0
 
 

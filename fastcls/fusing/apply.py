@@ -18,27 +18,29 @@ def apply(plan: Plan) -> None:
     """Change the modules that the plan was made from."""
     chains = plan.accepted()
     edited = _edit_graphs(plan, chains)
-    _swap_modules(plan, chains)
-    for owner in edited:
+    changes = []
+    for owner in {link.traced.owner: None for chain in chains for link in chain.all_links} | edited:
         train, evaluation = (view.by_owner[id(owner)] for view in (plan.views[0], plan.views[-1]))
-        cls = rewritten_class(
-            type(owner),
-            Forward.of(train.graph),
-            Forward.of(evaluation.graph),
-            train.reads | evaluation.reads,
-        )
+        reads, forwards = train.reads | evaluation.reads, (None, None)
+        if owner in edited:
+            forwards = Forward.of(train.graph), Forward.of(evaluation.graph)
+        elif not reads:
+            continue
+        changes.append((owner, rewritten_class(type(owner), *forwards, reads)))
+    _swap_modules(plan, chains)
+    for owner, cls in changes:
         change_class(owner, cls)
 
 
-def _edit_graphs(plan: Plan, chains: list[Chain]) -> set:
+def _edit_graphs(plan: Plan, chains: list[Chain]) -> dict:
     """Take the steps that no change of class takes out; the modules whose forwards call them."""
-    edited, done = set(), set()
+    edited, done = {}, set()
     for chain in chains:
         for link in (*chain.links, chain.head):
             if link.node in done or not _is_edited(plan, chain, link):
                 continue
             done.add(link.node)
-            edited.add(link.traced.owner)
+            edited[link.traced.owner] = None
             _edit(chain, link)
     return edited
 

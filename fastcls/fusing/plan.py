@@ -128,6 +128,10 @@ def _drop_what_cannot_be(plan):
 
 
 def _drop_from(plan, group, chain, taken, opaque):
+    if why := next((link.traced.unsure for link in chain.all_links if link.traced.unsure), None):
+        for c in group:
+            c.refuse(f"{why}, which may change")
+        return True
     if why := _head_stays(chain.head, opaque):
         for c in group:
             c.refuse(why)

@@ -19,6 +19,8 @@ class Forward(NamedTuple):
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Forward":
+        for node in graph.nodes:
+            node.type = None  # annotations may be of any kind; the wrapper keeps them
         written = graph.python_code("self")
         imports = "\n".join(_import(name, value) for name, value in written.globals.items())
         return cls(imports, written.src.strip())
@@ -35,23 +37,18 @@ def _import(name, value):
 
 
 @functools.cache
-def rewritten_class(base: type, train: Forward, evaluation: Forward, reads: frozenset) -> type:
-    """A subclass of ``base`` with these forwards. The same arguments give the same class.
+def rewritten_class(
+    base: type, train: Forward | None, evaluation: Forward | None, reads: frozenset
+) -> type:
+    """A subclass of ``base`` with these forwards, or its own. The same arguments give one class.
 
-    ``reads``: attributes whose values are written into the forwards; setting them is an error.
+    ``reads``: attributes by whose values the chains were found; setting them is an error.
     """
-    in_training, in_evaluation = (_compiled(base, forward) for forward in (train, evaluation))
-
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
-        if self.training:
-            return in_training(self, *args, **kwargs)
-        return in_evaluation(self, *args, **kwargs)
 
     def __setattr__(self, name, value):
-        if name in reads and value is not getattr(self, name, None):
+        if name in reads and not _is_equal(value, getattr(self, name, None)):
             raise AttributeError(
-                f"{base.__name__}.{name}: fuse wrote its value into forward; "
+                f"{base.__name__}.{name}: fuse went by its value in forward; "
                 "unfuse the model, set it, and fuse again"
             )
         base.__setattr__(self, name, value)
@@ -61,14 +58,33 @@ def rewritten_class(base: type, train: Forward, evaluation: Forward, reads: froz
         return _new, (base, train, evaluation, reads), *state
 
     members = {
-        "forward": in_training if train == evaluation else forward,
         "__setattr__": __setattr__,
         "__reduce_ex__": __reduce_ex__,
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
+    if train is not None:
+        members["forward"] = _forward(base, train, evaluation)
     return type(base.__name__, (base,), members)
+
+
+def _is_equal(a, b):
+    return a is b or (type(a) is type(b) and a == b)
+
+
+def _forward(base, train, evaluation):
+    in_training, in_evaluation = (_compiled(base, forward) for forward in (train, evaluation))
+    if train == evaluation:
+        return in_training
+
+    @functools.wraps(base.forward)
+    def forward(self, *args, **kwargs):
+        if self.training:
+            return in_training(self, *args, **kwargs)
+        return in_evaluation(self, *args, **kwargs)
+
+    return forward
 
 
 def _new(base, train, evaluation, reads):

@@ -10,12 +10,14 @@ import builtins
 import contextlib
 import dis
 import enum
+import functools
 import gc
 import inspect
 import math
 import operator
 import random
 import sys
+import types
 import weakref
 from dataclasses import dataclass, field
 
@@ -33,7 +35,8 @@ class CannotTrace(Exception):
 class Traced:
     """One module's own forward in one mode. ``fixed``: why no new forward may be written from it.
 
-    ``reads`` are the plain attributes whose values at the time of tracing are in the graph.
+    ``reads`` are the plain attributes whose values at the time of tracing are in the graph;
+    ``unsure``: why the graph may become another one unseen, so that none of its steps may change.
     """
 
     owner: nn.Module
@@ -41,6 +44,7 @@ class Traced:
     graph: fx.Graph
     reads: frozenset[str] = frozenset()
     fixed: str | None = None
+    unsure: str | None = None
 
 
 @dataclass
@@ -49,6 +53,7 @@ class _Watch:
 
     reads: set[str] = field(default_factory=set)
     fixed: str | None = None
+    unsure: str | None = None
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -78,13 +83,14 @@ def trace_both_modes(owner: nn.Module, path: str) -> tuple[Traced, Traced]:
     was_training = owner.training
     try:
         modes = []
-        for owner.training in (True, False):  # not .train(): children stay as they are
+        for mode in (True, False):
+            vars(owner)["training"] = mode  # not .train(): children stay as they are
             modes.append(_trace_certainly(owner, path))
             with _all_else_switched_over(owner):
                 if code(_trace(owner, path).graph) != code(modes[-1].graph):
                     raise CannotTrace("forward goes by the mode of its children or of gradients")
     finally:
-        owner.training = was_training
+        vars(owner)["training"] = was_training
     train, evaluation = modes
     return (train, train) if code(train.graph) == code(evaluation.graph) else (train, evaluation)
 
@@ -117,12 +123,12 @@ def _all_else_switched_over(owner):
     modes = [m.training for m in below]
     try:
         for module in below:
-            module.training = not module.training
+            vars(module)["training"] = not module.training
         with torch.set_grad_enabled(not torch.is_grad_enabled()):
             yield
     finally:
         for module, mode in zip(below, modes, strict=True):
-            module.training = mode
+            vars(module)["training"] = mode
 
 
 def _is_same(graph, without, defaults):
@@ -172,12 +178,14 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     watch = _Watch()
     tracer = _Tracer(watch)
     attributes, rng = _Contents(owner), (random.getstate(), torch.get_rng_state())
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with (
             _recording_reads(owner, watch),
             _noticing_saved_tensor_hooks(watch),
             _answering_for_proxies(say_tensor),
-            _noticing_types_asked_for(),
+            _noticing_types_asked_for(owner),
         ):
             graph = tracer.trace(owner, concrete_args=defaults)
     except Exception as error:  # whatever the forward does with a proxy
@@ -191,6 +199,8 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
             watch.fixed = "forward changes attributes of the module"
         kept = tracer.kept()
         attributes.restore()
+        if collects:
+            gc.enable()
     if drew:
         raise CannotTrace("forward draws random numbers")
     for node in kept:
@@ -201,7 +211,7 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     for node in graph.nodes:
         if node.op == "call_function" and not _is_known_function(node.target):
             watch.fixed = f"forward calls {node.target.__name__}, which is wrapped for torch.fx"
-    return Traced(owner, path, graph, frozenset(watch.reads), watch.fixed)
+    return Traced(owner, path, graph, frozenset(watch.reads), watch.fixed, watch.unsure)
 
 
 _PROXIES = (fx.Proxy, fx.proxy.Attribute)
@@ -228,9 +238,8 @@ class _Tracer(fx.Tracer):
 
     def kept(self):
         """Nodes of which somebody still has the proxy, now that ``forward`` has returned."""
-        alive = [node for proxy, node in self.proxies if proxy() is not None]
-        if alive:
-            gc.collect()
+        if any(proxy() is not None for proxy, _ in self.proxies):
+            gc.collect(0)  # they are young: nothing was collected while the forward was traced
         return [node for proxy, node in self.proxies if proxy() is not None]
 
     def create_proxy(self, *args, **kwargs):
@@ -301,7 +310,15 @@ def _is_known_function(target):
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    functools.partial,
+)
 # Values that are what they are as long as the attribute is.
+_NO_SETTINGS = (nn.Module, torch.Tensor, type, *_FUNCTIONS)
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -311,28 +328,33 @@ def _recording_reads(owner, watch):
 
     def note(module, name, value):
         own = name in object.__getattribute__(module, "__dict__")
-        if name in _MODULE_ATTRIBUTES or callable(value) or _is_computed(type(module), name, own):
+        if name in _MODULE_ATTRIBUTES or isinstance(value, _NO_SETTINGS):
+            return
+        if type(value) in _PROXIES or _is_computed(type(module), name, own):
             return
         if module is not owner:
-            watch.fixed = f"forward reads {name} of another module"
+            watch.unsure = f"forward reads {name} of another module"
         elif _is_constant(value):
             watch.reads.add(name)
+        elif isinstance(value, list) and _is_constant(tuple(value)):
+            watch.fixed = f"forward reads {name}, a list"
         else:
-            watch.fixed = f"forward reads {name}, a {type(value).__name__}"
+            watch.unsure = f"forward reads {name}, a {type(value).__name__}"
 
-    watched, classes = {}, {}
-    for module in owner.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        classes[module] = cls = type(module)
-        if cls not in watched:
-            watched[cls] = _watched_class(cls, note)
-        module.__class__ = watched[cls]
+    watched, changed = {}, []
     try:
+        for module in owner.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            cls = type(module)
+            if cls not in watched:
+                watched[cls] = _watched_class(cls, note)
+            changed.append((module, cls))
+            object.__setattr__(module, "__class__", watched[cls])
         yield
     finally:
-        for module, cls in classes.items():
-            module.__class__ = cls
+        for module, cls in changed:
+            object.__setattr__(module, "__class__", cls)
 
 
 def _watched_class(cls, note):
@@ -396,20 +418,22 @@ def _is_users(frame):
 
 
 @contextlib.contextmanager
-def _noticing_types_asked_for():
+def _noticing_types_asked_for(owner):
     """``type(x)`` cannot be answered for a proxy: code of the user's that has it is refused."""
-    seen = set()
+    seen = {getattr(inspect.unwrap(type(owner).forward), "__code__", None)} - {None}
 
     def profile(frame, event, _):
         if event == "call" and _is_users(frame):
             seen.add(frame.f_code)
 
-    before = sys.getprofile()
-    sys.setprofile(profile)
+    profiled = sys.getprofile() is not None  # whose profiler could not be put back
+    if not profiled:
+        sys.setprofile(profile)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        if not profiled:
+            sys.setprofile(None)
     for function in seen:
         for step in dis.get_instructions(function):
             if step.opname == "LOAD_GLOBAL" and step.argval == "type":
