@@ -1,5 +1,10 @@
 """fuse and forwards that hide something from a trace: the same numbers, fused or left alone."""
 
+import cProfile
+import sys
+from collections.abc import Callable
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,6 +340,117 @@ def test_what_forward_keeps(how, inplace):
     kept = [k[0] if how == "list" else k["h"] if how == "dict" else k for k in kept]
     torch.testing.assert_close(*kept)
     assert fused.calls == 1
+
+
+class Switched(Net):
+    """What it goes by: an attribute, an object, an entry of a dict, another module's attribute."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.on, self.settings, self.table = how, True, Settings(), {"on": True}
+
+    def forward(self, x):
+        h = self.conv1(x)
+        on = {
+            "attribute": lambda: self.on,
+            "object": lambda: self.settings.gain > 1,
+            "entry": lambda: self.table["on"],
+            "other": lambda: self.norm.momentum > 0.05,
+        }[self.how]()
+        return self.relu(h) if on else h
+
+
+@pytest.mark.parametrize("how", ["attribute", "object", "entry", "other"])
+def test_settings_that_chains_of_modules_go_by(how):
+    native = made(lambda: Switched(how))
+    fused = fuse(native)
+    assert_same_numbers(fused, native)
+    if how == "attribute":
+        fused.on = True
+        with pytest.raises(AttributeError, match="fuse went by its value in forward"):
+            fused.on = False
+        return
+    for model in (fused, native):
+        model.settings.gain, model.table["on"], model.norm.momentum = 0.5, False, 0.01
+    assert_same_numbers(fused, native)
+
+
+class Momentum(Net):
+    """A moving average of weights within forward, as in contrastive learning."""
+
+    def __init__(self, how):
+        super().__init__(key=conv())
+        self.how = how
+
+    def forward(self, x):
+        for own, key in zip(self.conv1.parameters(), self.key.parameters(), strict=True):
+            if self.how == "method":
+                key.data.mul_(0.5).add_(own.data, alpha=0.5)
+            else:
+                key.data = 0.5 * key.data + 0.5 * own.data
+        return F.relu(self.conv1(x)) * F.relu(self.key(x)).detach()
+
+
+@pytest.mark.parametrize("how", ["method", "data"])
+def test_weights_that_forward_changes(how):
+    native = made(lambda: Momentum(how))
+    before = native.key.weight.detach().clone()
+    fusion_report(native)
+    assert_same(native.key.weight, before, "weight")
+    fused, x = fuse(native), torch.randn(2, 3, 12, 12)
+    assert_same(native.key.weight, before, "weight")
+    torch.manual_seed(0)
+    other = Momentum(how)
+    torch.testing.assert_close(fused(x), other(x))
+    assert_same(fused.key.weight, other.key.weight, "weight")
+
+
+class MaxNorm(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+def test_a_convolution_that_renormalises_its_weight():
+    native = layers(MaxNorm(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    assert_same_numbers(fuse(native), native)
+
+
+class Sealed(nn.Module):
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("sealed")
+
+    def forward(self, x):
+        return x
+
+
+def test_classes_that_take_no_subclass_come_back():
+    native = layers(conv(3, 4), nn.ReLU(), Sealed())
+    fused = fuse(native)
+    assert [type(m) for m in fused.modules()][-1] is Sealed and type(fused) is nn.Sequential
+    assert_same_numbers(fused, native)
+
+
+def test_a_running_profiler_goes_on():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    fuse(made(TensorsOnly))
+    torch.zeros(1).tolist()
+    still = sys.getprofile()
+    profiler.disable()
+    assert still is not None
+
+
+class Annotated(Net):
+    def forward(self, x: "torch.Tensor", scale: Literal[1, 2] = 1) -> Callable[[int], int]:
+        return F.relu(self.conv1(x)) * scale
+
+
+def test_annotations_of_any_kind():
+    native = made(Annotated)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
 
 
 # -------------------------------------------------------------------- arguments and their types

@@ -19,8 +19,6 @@ class Forward(NamedTuple):
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Forward":
-        for node in graph.nodes:
-            node.type = None  # annotations may be of any kind; the wrapper keeps them
         written = graph.python_code("self")
         imports = "\n".join(_import(name, value) for name, value in written.globals.items())
         return cls(imports, written.src.strip())

@@ -13,6 +13,7 @@ import enum
 import functools
 import gc
 import inspect
+import itertools
 import math
 import operator
 import random
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcls.fusing.steps import KEPT, STATE, changed_call
 
@@ -178,6 +180,7 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     watch = _Watch()
     tracer = _Tracer(watch)
     attributes, rng = _Contents(owner), (random.getstate(), torch.get_rng_state())
+    data = [(t, t.data) for t in itertools.chain(owner.parameters(), owner.buffers())]
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -186,6 +189,7 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
             _noticing_saved_tensor_hooks(watch),
             _answering_for_proxies(say_tensor),
             _noticing_types_asked_for(owner),
+            _RefusingWrites(),
         ):
             graph = tracer.trace(owner, concrete_args=defaults)
     except Exception as error:  # whatever the forward does with a proxy
@@ -201,6 +205,11 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         attributes.restore()
         if collects:
             gc.enable()
+        exchanged = [(t, old) for t, old in data if not torch._C._is_alias_of(t, old)]
+        for tensor, old in exchanged:
+            tensor.data = old
+    if exchanged:
+        raise CannotTrace("forward gives a parameter or buffer other data")
     if drew:
         raise CannotTrace("forward draws random numbers")
     for node in kept:
@@ -209,12 +218,29 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     if isinstance(owner, fx.GraphModule):
         watch.fixed = "it is a torch.fx.GraphModule"
     for node in graph.nodes:
+        node.type = None  # annotations may be of any kind; a new forward keeps the old one's
         if node.op == "call_function" and not _is_known_function(node.target):
             watch.fixed = f"forward calls {node.target.__name__}, which is wrapped for torch.fx"
     return Traced(owner, path, graph, frozenset(watch.reads), watch.fixed, watch.unsure)
 
 
-_PROXIES = (fx.Proxy, fx.proxy.Attribute)
+class _RefusingWrites(TorchDispatchMode):
+    """Of proxies it sees nothing; what is written to is a tensor of the user's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            raise CannotTrace(f"forward writes to tensors ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+class _Proxy(fx.Proxy):
+    def __setattr__(self, name, value):
+        if name not in ("node", "tracer"):
+            raise CannotTrace(f"forward sets {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+_PROXIES = (fx.Proxy, _Proxy, fx.proxy.Attribute)
 
 
 class _Tracer(fx.Tracer):
@@ -232,7 +258,7 @@ class _Tracer(fx.Tracer):
         return True
 
     def proxy(self, node):
-        proxy = super().proxy(node)
+        proxy = _Proxy(node, self)
         self.proxies.append((weakref.ref(proxy), node))
         return proxy
 
