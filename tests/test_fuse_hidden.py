@@ -416,6 +416,40 @@ def test_a_convolution_that_renormalises_its_weight():
     assert_same_numbers(fuse(native), native)
 
 
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class CallsDoubled(Net):
+    def forward(self, x):
+        return self.relu(self.inner(F.relu(self.conv1(x))))
+
+
+def test_a_child_that_does_more_when_it_is_called():
+    native = made(CallsDoubled, inner=Doubled())
+    assert_same_numbers(fuse(native), native)
+
+
+def test_hooks_on_all_modules():
+    def halved(module, args, out):
+        return out / 2 - 1 if isinstance(module, nn.Conv2d) else None
+
+    native = layers(conv(3, 4), nn.ReLU())
+    hook = nn.modules.module.register_module_forward_hook(halved)
+    try:
+        assert_same_numbers(fuse(native), native)
+    finally:
+        hook.remove()
+
+
 class Sealed(nn.Module):
     def __init_subclass__(cls, **kwargs):
         raise TypeError("sealed")

@@ -144,9 +144,20 @@ def changed_call(module: nn.Module) -> str | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks):
         return f"{type(module).__name__} has hooks"
+    if any(getattr(nn.modules.module, f"_global{name}") for name in hooks):
+        return "there are hooks on all modules"
+    if calls_itself(module):
+        return f"{type(module).__name__} has a __call__ of its own"
     if "forward" in vars(module):
         return f"forward of this {type(module).__name__} was replaced"
     return None
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Does its class do more than ``forward`` when it is called?"""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(
+        module, (fx.GraphModule, torch.jit.ScriptModule)
+    )
 
 
 def _read_function(node: fx.Node, kind: str) -> Step:

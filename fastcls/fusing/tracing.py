@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcls.fusing.steps import KEPT, STATE, changed_call
+from fastcls.fusing.steps import KEPT, STATE, calls_itself, changed_call
 
 
 class CannotTrace(Exception):
@@ -218,6 +218,8 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     if isinstance(owner, fx.GraphModule):
         watch.fixed = "it is a torch.fx.GraphModule"
     for node in graph.nodes:
+        if node.op == "call_module" and calls_itself(owner.get_submodule(node.target)):
+            raise CannotTrace(f"forward calls {node.target}, which has a __call__ of its own")
         node.type = None  # annotations may be of any kind; a new forward keeps the old one's
         if node.op == "call_function" and not _is_known_function(node.target):
             watch.fixed = f"forward calls {node.target.__name__}, which is wrapped for torch.fx"
