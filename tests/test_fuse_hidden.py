@@ -223,6 +223,39 @@ def test_no_chain_over_a_change_of_mode(make):
     assert_same_numbers(fuse(native), native)
 
 
+class WithoutAutocast(Net):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            h = F.relu(self.conv1(x))
+        return h + self.relu(self.conv2(h))
+
+
+class GradAgain(Net):
+    def forward(self, x):
+        with torch.enable_grad():
+            h = self.conv1(x)
+        return self.relu(h)
+
+
+@pytest.mark.parametrize("cls", [WithoutAutocast, GradAgain, GradBehind])
+@pytest.mark.parametrize("fused_in", ["autocast", "no_grad", "inference_mode"])
+def test_modes_that_fuse_or_the_model_is_called_in(fused_in, cls):
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+    }
+    native, x = made(cls), torch.randn(2, 3, 12, 12)
+    with contexts[fused_in]():
+        fused = fuse(native)
+    assert_same_numbers(fused, native)
+    for context in contexts.values():
+        with context():
+            ours, expected = fused(x), native(x)
+        assert ours.dtype == expected.dtype and ours.requires_grad == expected.requires_grad
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
 class FunctionalModes(Net):
     def forward(self, x):
         with torch.no_grad():

@@ -3,7 +3,7 @@
 A trace sees one way through the Python code. It is taken for the whole only where nothing hides
 another: it is repeated with tensors that say they are tensors and with ones that do not, with
 optional arguments given and left at their defaults, in training mode and in evaluation mode, with
-the children in the other mode and gradients switched over.
+the children in the other mode, gradients off and autocast on.
 """
 
 import builtins
@@ -87,10 +87,10 @@ def trace_both_modes(owner: nn.Module, path: str) -> tuple[Traced, Traced]:
         modes = []
         for mode in (True, False):
             vars(owner)["training"] = mode  # not .train(): children stay as they are
-            modes.append(_trace_certainly(owner, path))
-            with _all_else_switched_over(owner):
-                if code(_trace(owner, path).graph) != code(modes[-1].graph):
-                    raise CannotTrace("forward goes by the mode of its children or of gradients")
+            with torch.inference_mode(False), _global_modes(grad=True, autocast=False):
+                modes.append(_trace_certainly(owner, path))
+            with _below_in_the_other_mode(owner), _global_modes(grad=False, autocast=True):
+                _add_what_shows(modes[-1], _trace(owner, path))
     finally:
         vars(owner)["training"] = was_training
     train, evaluation = modes
@@ -118,16 +118,40 @@ def _trace_certainly(owner, path):
     return traced
 
 
+def _add_what_shows(traced, switched):
+    """Changes of grad mode and autocast that are none in the state that ``traced`` began in."""
+    if code(switched.graph) != code(traced.graph):
+        raise CannotTrace("forward goes by the mode of its children, of gradients or of autocast")
+    traced.fixed, traced.unsure = traced.fixed or switched.fixed, traced.unsure or switched.unsure
+    for node, twin in zip(traced.graph.nodes, switched.graph.nodes, strict=True):
+        if STATE in twin.meta:
+            node.meta[STATE] = node.meta.get(STATE), twin.meta[STATE]
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
 @contextlib.contextmanager
-def _all_else_switched_over(owner):
-    """The modules below in the other mode, and gradients the other way."""
+def _global_modes(grad, autocast):
+    before = [torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES]
+    for device in _AUTOCAST_DEVICES:
+        torch.set_autocast_enabled(device, autocast)
+    try:
+        with torch.set_grad_enabled(grad):
+            yield
+    finally:
+        for device, enabled in zip(_AUTOCAST_DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+@contextlib.contextmanager
+def _below_in_the_other_mode(owner):
     below = [m for m in owner.modules() if m is not owner]
     modes = [m.training for m in below]
     try:
         for module in below:
             vars(module)["training"] = not module.training
-        with torch.set_grad_enabled(not torch.is_grad_enabled()):
-            yield
+        yield
     finally:
         for module, mode in zip(below, modes, strict=True):
             vars(module)["training"] = mode
@@ -290,12 +314,11 @@ class _Tracer(fx.Tracer):
 
 
 def _global_state():
-    devices = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(d) for d in devices),
-        *(torch.get_autocast_dtype(d) for d in devices),
+        *(torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES),
+        *(torch.get_autocast_dtype(d) for d in _AUTOCAST_DEVICES),
     )
 
 
