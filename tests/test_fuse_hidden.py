@@ -541,6 +541,23 @@ def test_optional_arguments(cls, value):
     assert_same_numbers(fused, native, value)
 
 
+class OptionalPair(Net):
+    def forward(self, x, a=None, b=None):
+        h = self.conv1(x)
+        return self.relu(h) if (a is None) == (b is None) else h
+
+
+@pytest.mark.parametrize("given", [(), (1,), (1, 2), (None, 2)])
+def test_optional_arguments_that_go_together(given):
+    native = made(OptionalPair)
+    assert_same_numbers(fuse(native), native, *given)
+
+
+class TensorOrList(Net):
+    def forward(self, x):
+        return F.relu(self.conv1(x if torch.is_tensor(x) else x[0]))
+
+
 class ExactType(Net):
     def forward(self, x):
         h = self.relu(self.conv1(x))
@@ -561,12 +578,12 @@ class ListOrTensor(Net):
         return F.relu(self.conv1(x))
 
 
-@pytest.mark.parametrize("cls", [ExactType, HasTensors, ListOrTensor])
+@pytest.mark.parametrize("cls", [ExactType, HasTensors, ListOrTensor, TensorOrList])
 def test_types_that_are_asked_for(cls):
     native, x = made(cls), torch.randn(2, 3, 12, 12)
     fused = fuse(native)
     assert_same_numbers(fused, native)
-    if cls is ListOrTensor:
+    if cls in (ListOrTensor, TensorOrList):
         torch.testing.assert_close(fused([x, x]), native([x, x]))
 
 

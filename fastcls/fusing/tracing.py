@@ -113,8 +113,13 @@ def _trace_certainly(owner, path):
     if plain not in (None, code(traced.graph)):
         raise CannotTrace("forward asks for the type of its arguments")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if defaults and not _is_same(traced.graph, _trace(owner, path, defaults).graph, defaults):
-        raise CannotTrace("forward asks whether an optional argument was given")
+    # All left out, and all but one.
+    left_out = [defaults] if defaults else []
+    if len(defaults) > 1:
+        left_out += [{k: v for k, v in defaults.items() if k != name} for name in defaults]
+    for constants in left_out:
+        if not _is_same(traced.graph, _trace(owner, path, constants).graph, constants):
+            raise CannotTrace("forward asks whether an optional argument was given")
     return traced
 
 
@@ -441,6 +446,8 @@ def _answering_for_proxies(say_tensor):
         if type(obj) not in _PROXIES or real_isinstance(obj, classes):
             return real_isinstance(obj, classes)
         asks = sys._getframe(1)
+        if asks.f_code is torch.is_tensor.__code__:
+            asks = asks.f_back
         if asks.f_globals.get("__name__", "").startswith(("torch.fx", "torch.nn.parameter")):
             return False
         if issubclass(torch.Tensor, classes):
