@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -506,6 +507,17 @@ def test_a_running_profiler_goes_on():
     still = sys.getprofile()
     profiler.disable()
     assert still is not None
+
+
+class DrawsByNumpy(Net):
+    def forward(self, x):
+        return F.relu(self.conv1(x)) * float(np.random.rand())
+
+
+def test_numpys_generator_stays_where_it_is():
+    before = np.random.get_state()[1].tolist()
+    assert not fusion_report(made(DrawsByNumpy)).fused
+    assert np.random.get_state()[1].tolist() == before
 
 
 class Annotated(Net):

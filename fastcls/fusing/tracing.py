@@ -208,7 +208,7 @@ def _is_same(graph, without, defaults):
 def _trace(owner, path, defaults=None, *, say_tensor=True):
     watch = _Watch()
     tracer = _Tracer(watch)
-    attributes, rng = _Contents(owner), (random.getstate(), torch.get_rng_state())
+    attributes, generators = _Contents(owner), _Generators()
     data = [(t, t.data) for t in itertools.chain(owner.parameters(), owner.buffers())]
     collects = gc.isenabled()
     gc.disable()
@@ -225,9 +225,8 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise CannotTrace(text[0]) from error
     finally:
-        drew = random.getstate() != rng[0] or not torch.equal(torch.get_rng_state(), rng[1])
-        random.setstate(rng[0])
-        torch.set_rng_state(rng[1])
+        drew = generators.have_moved()
+        generators.restore()
         if attributes.are_changed():
             watch.fixed = "forward changes attributes of the module"
         kept = tracer.kept()
@@ -325,6 +324,33 @@ def _global_state():
         *(torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES),
         *(torch.get_autocast_dtype(d) for d in _AUTOCAST_DEVICES),
     )
+
+
+class _Generators:
+    """States of the generators of random numbers: Python's, PyTorch's, NumPy's if it is used."""
+
+    def __init__(self):
+        self.numpy = getattr(sys.modules.get("numpy"), "random", None)
+        self.before = self._states()
+
+    def _states(self):
+        numpy = None
+        if self.numpy is not None:
+            name, keys, *position = self.numpy.get_state()
+            numpy = (name, tuple(keys.tolist()), *position)
+        return random.getstate(), tuple(torch.get_rng_state().tolist()), numpy
+
+    def have_moved(self):
+        return self._states() != self.before
+
+    def restore(self):
+        if not self.have_moved():
+            return
+        python, pytorch, numpy = self.before
+        random.setstate(python)
+        torch.set_rng_state(torch.tensor(pytorch, dtype=torch.uint8))
+        if numpy is not None:
+            self.numpy.set_state(numpy)
 
 
 class _Contents:
