@@ -11,9 +11,10 @@ from typing import NamedTuple
 from torch import nn
 
 from fastcls.fusing.chains import Chain, Link, View, signature
+from fastcls.fusing.noticing import CannotTrace
 from fastcls.fusing.report import FusionReport, Row
 from fastcls.fusing.steps import ALREADY, read_module
-from fastcls.fusing.tracing import CannotTrace, has_forward, is_leaf, trace_both_modes
+from fastcls.fusing.tracing import has_forward, is_leaf, trace_both_modes
 
 
 class Untraced(NamedTuple):
