@@ -127,6 +127,25 @@ class Iterates(Untraceable):
                 return child.features[0](x)
 
 
+class HoldsInList(Untraceable):
+    def __init__(self, body):
+        super().__init__(body=body)
+        self.some = list(body.features)[:1]
+
+    def go(self, x):
+        for layer in self.some:
+            x = layer(x)
+        return x
+
+
+def go_elsewhere(self, x):
+    return self.body.features[0](x)
+
+
+class MethodFromElsewhere(Untraceable):
+    go = go_elsewhere
+
+
 class AsksByName(Untraceable):
     def go(self, x):
         return getattr(self, "body").features[0](x)  # noqa: B009
@@ -152,9 +171,21 @@ class CalledBeside(Untraceable):
         lambda: Inherits(body=Body()),
         lambda: Iterates(body=Body()),
         lambda: AsksByName(body=Body()),
+        lambda: HoldsInList(Body()),
+        lambda: MethodFromElsewhere(body=Body()),
         CalledBeside,
     ],
-    ids=["through", "list", "grandchild", "inherited", "iterated", "by-name", "beside"],
+    ids=[
+        "through",
+        "list",
+        "grandchild",
+        "inherited",
+        "iterated",
+        "by-name",
+        "held",
+        "elsewhere",
+        "beside",
+    ],
 )
 def test_layers_that_an_untraced_forward_reaches_for(make):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import textwrap
+import types
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -198,7 +199,18 @@ def _opaque(untraced):
         for name, child in module.named_children():
             within = child.modules() if into is None or name in into else [child]
             found |= {id(m): why for m in within}
+        held = [value for name, value in vars(module).items() if name != "_modules"]
+        found |= {id(m): why for top in _modules_in(held) for m in top.modules()}
     return found
+
+
+def _modules_in(value):
+    """Modules in lists, tuples and dicts of any depth."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item)
 
 
 def _reached_into(module):
@@ -221,19 +233,39 @@ def _reached_into(module):
 @functools.cache
 def _reached_by(cls):
     try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        lines, first = inspect.getsourcelines(cls)
+        (definition,) = ast.parse(textwrap.dedent("".join(lines))).body
     except (OSError, TypeError, SyntaxError):
         return None
+    written = range(first, first + len(lines))
+    functions = (f.__code__ for f in vars(cls).values() if isinstance(f, types.FunctionType))
+    if any(code.co_firstlineno not in written for code in functions):
+        return None  # a method from elsewhere
     reached = set()
-    for method in definition.body:
-        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and method.args.args:
-            if method.name == "__init__":
+    for statement in definition.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if statement.name == "__init__" or not statement.args.args:
                 continue
-            names = _reached_in(method, method.args.args[0].arg)
+            names = _reached_in(statement, statement.args.args[0].arg)
             if names is None:
                 return None
             reached |= names
+        elif not _is_plain(statement):
+            return None
     return reached
+
+
+def _is_plain(statement):
+    """A docstring, a declaration or a constant."""
+    if isinstance(statement, ast.Pass):
+        return True
+    if not isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign)):
+        return False
+    try:
+        ast.literal_eval(statement.value or ast.Constant(None))
+    except ValueError:
+        return False
+    return True
 
 
 # What forward may use of nn.Module without getting at other modules.
