@@ -69,7 +69,8 @@ __global__ void multiply(int mode, int row_bytes, const void* a, const void* b, 
   for (int depth = 0; depth < row_bytes; depth += 32) {
     uint32_t left[4], right[4];
     load_matrices(left, shared_address(shared + lane % 16 * row_bytes + lane / 16 * 16 + depth));
-    load_matrices(right, shared_address(shared + (16 + lane % 8) * row_bytes + lane / 8 % 2 * 16 + depth));
+    load_matrices(right,
+                  shared_address(shared + (16 + lane % 8) * row_bytes + lane / 8 % 2 * 16 + depth));
     if (mode == kBf16) mma_bf16(sums, left, right[0], right[1]);
     if (mode == kF16) mma_f16(sums, left, right[0], right[1]);
     if (mode == kTf32) mma_tf32(sums, left, right[0], right[1]);
