@@ -47,6 +47,11 @@ def find_cuda_home():
 def default_arch_list(cuda_home):
     listed = nvcc_output(f"{cuda_home}/bin/nvcc", "--list-gpu-arch").stdout.split()
     archs = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed]
+    if not archs:
+        raise SystemExit(
+            f"{cuda_home}/bin/nvcc lists none of the architectures {', '.join(DEFAULT_ARCHS)}: "
+            "set TORCH_CUDA_ARCH_LIST, or FASTCLS_CUDA=0 to build without CUDA"
+        )
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
@@ -64,7 +69,8 @@ def choose_cuda():
 CUDA_HOME = choose_cuda()
 if CUDA_HOME:  # both are read when torch.utils.cpp_extension is imported or builds
     os.environ["CUDA_HOME"] = CUDA_HOME
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(CUDA_HOME))
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_arch_list(CUDA_HOME)
 
 from torch.utils.cpp_extension import (  # noqa: E402
     BuildExtension,

@@ -33,3 +33,22 @@ def test_a_missing_tool_is_named(variables, message, tmp_path):
     )
     assert child.returncode == 1
     assert child.stderr.splitlines()[-1].startswith(message)
+
+
+def test_an_nvcc_that_knows_no_architecture_is_named(tmp_path):
+    for module in ("pybind11", "setuptools"):
+        pytest.importorskip(module)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    environment = {n: v for n, v in os.environ.items() if n != "TORCH_CUDA_ARCH_LIST"}
+    child = subprocess.run(
+        [sys.executable, str(SETUP), "build_ext", "--build-temp", str(tmp_path)],
+        cwd=SETUP.parent,
+        env=environment | {"CUDA_HOME": str(tmp_path), "FASTCLS_CUDA": "auto"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1
+    assert child.stderr.splitlines()[-1].startswith(f"{nvcc} lists none of the architectures 7.5")

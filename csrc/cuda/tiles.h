@@ -361,7 +361,7 @@ constexpr bool boxes_are_narrow(const GemmTile& t) {
          std::numeric_limits<int32_t>::max();
 }
 
-constexpr int64_t kMostGridY = 65535;
+constexpr int64_t kMostGridY = 65535;  // blocks along y, of every device
 
 struct GemmPlan {
   GemmConfig config;

@@ -6,6 +6,7 @@ import dis
 import enum
 import functools
 import inspect
+import pickle
 import random
 import sys
 import types
@@ -33,6 +34,8 @@ class Watch:
 
 
 class Proxy(fx.Proxy):
+    """One whose attributes cannot be set: they would be lost."""
+
     def __setattr__(self, name, value):
         if name not in ("node", "tracer"):
             raise CannotTrace(f"forward sets {name} of a tensor")
@@ -87,21 +90,16 @@ class Generators:
         self.before = self._states()
 
     def _states(self):
-        numpy = None
-        if self.numpy is not None:
-            name, keys, *position = self.numpy.get_state()
-            numpy = (name, tuple(keys.tolist()), *position)
-        return random.getstate(), tuple(torch.get_rng_state().tolist()), numpy
+        numpy = self.numpy and self.numpy.get_state(legacy=False)
+        return pickle.dumps((random.getstate(), bytes(torch.get_rng_state().tolist()), numpy))
 
     def have_moved(self):
         return self._states() != self.before
 
     def restore(self):
-        if not self.have_moved():
-            return
-        python, pytorch, numpy = self.before
+        python, pytorch, numpy = pickle.loads(self.before)
         random.setstate(python)
-        torch.set_rng_state(torch.tensor(pytorch, dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(list(pytorch), dtype=torch.uint8))
         if numpy is not None:
             self.numpy.set_state(numpy)
 
@@ -142,6 +140,7 @@ def _holds_the_same(a, b):
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+# What a trace need not watch: it is in the graph, or is called.
 _FUNCTIONS = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -149,8 +148,8 @@ _FUNCTIONS = (
     types.ModuleType,
     functools.partial,
 )
-# Values that are what they are as long as the attribute is.
 _NO_SETTINGS = (nn.Module, torch.Tensor, type, *_FUNCTIONS)
+# Values that are what they are as long as the attribute is.
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
