@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "conv_block_checks.h"
 #include "dtypes.h"
 
 namespace fastcls {

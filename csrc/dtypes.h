@@ -8,6 +8,11 @@
 
 namespace fastcls {
 
+// Of the arithmetic.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Calls f(T, W, Acc) with values of the C++ types, for the dtypes that the checks let through: T of
 // the op's input; W of its second floating tensor, T or float with a half T; Acc of the arithmetic.
 template <typename F>

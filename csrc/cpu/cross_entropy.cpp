@@ -12,6 +12,7 @@
 #include "cpu/cross_entropy_plain.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cross_entropy_checks.h"
 #include "dtypes.h"
 
 namespace fastcls::cpu {
@@ -104,8 +105,8 @@ class FlatValues {
 
 RowLoops row_loops() {
 #if defined(__x86_64__)
-  if (isa() >= Isa::kAvx512) return avx512::row_loops();
-  if (isa() == Isa::kAvx2) return avx2::row_loops();
+  if (isa() >= Isa::kAvx512) return avx512::cross_entropy_kernels<float>().loops;
+  if (isa() == Isa::kAvx2) return avx2::cross_entropy_kernels<float>().loops;
 #endif
   return {&all_in_range, &sum_of<float>};
 }

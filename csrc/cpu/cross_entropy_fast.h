@@ -7,18 +7,19 @@
 
 namespace fastcls::cpu {
 
+// cross_entropy_row_loops.h
+struct RowLoops {
+  bool (*all_in_range)(const int64_t* y, int64_t n, int64_t C);
+  double (*sum)(const float* values, int64_t n);
+};
+
 // Same meaning as forward_general and backward_general, for logits and probabilities of dtype T.
 // `loss` and `scale` of a run are accessed in whole vectors: they have kPadding numbers more.
 template <typename T>
 struct CrossEntropyKernels {
   void (*forward)(const RowRun<T, T, float>& run);
   void (*backward)(const RowRun<T, T, float>& run);
-};
-
-// cross_entropy_row_loops.h
-struct RowLoops {
-  bool (*all_in_range)(const int64_t* y, int64_t n, int64_t C);
-  double (*sum)(const float* values, int64_t n);
+  RowLoops loops;
 };
 
 constexpr int kPadding = 16;  // a vector of AVX-512, the longest
@@ -40,12 +41,10 @@ bool fast_path_serves(const RowRun<T, P, Acc>& run) {
 namespace avx2 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();
-RowLoops row_loops();
 }  // namespace avx2
 namespace avx512 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();
-RowLoops row_loops();
 }  // namespace avx512
 
 }  // namespace fastcls::cpu

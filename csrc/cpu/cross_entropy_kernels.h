@@ -1,5 +1,6 @@
 // Cross-entropy kernels over Vec; see cross_entropy_general.h for the maths. Included once per ISA,
-// after vec.h, vec_transpose.h and vec_math.h and in the same way.
+// after vec.h, vec_transpose.h and vec_math.h and in the same way; and once per dtype of the
+// logits, FASTCLS_DTYPE, so that compilers share the work.
 //
 //   flat       index targets without smoothing, rows one after the other, up to 256 classes: kLanes
 //              rows at once, their logits in vectors as they lie in memory.
@@ -138,14 +139,10 @@ void backward_rows(const Run<T>& run) {
   return backward_rows_with<Spread::kNone>(run);
 }
 
-template <typename T>
-CrossEntropyKernels<T> cross_entropy_kernels() {
-  return {&forward_rows<T>, &backward_rows<T>};
-}
-template CrossEntropyKernels<float> cross_entropy_kernels<float>();
-template CrossEntropyKernels<BFloat16> cross_entropy_kernels<BFloat16>();
-template CrossEntropyKernels<Half> cross_entropy_kernels<Half>();
-
 #include "cpu/cross_entropy_row_loops.h"
 
-RowLoops row_loops() { return {&all_in_range, &sum_of<float>}; }
+template <typename T>
+CrossEntropyKernels<T> cross_entropy_kernels() {
+  return {&forward_rows<T>, &backward_rows<T>, {&all_in_range, &sum_of<float>}};
+}
+template CrossEntropyKernels<FASTCLS_DTYPE> cross_entropy_kernels<FASTCLS_DTYPE>();

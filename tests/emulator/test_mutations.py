@@ -21,7 +21,7 @@ on_request = pytest.mark.skipif(
 
 TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
-CONV, LOSS = "tests/ops/test_conv_block.py", "tests/ops/test_cross_entropy.py"
+CONV, LOSS = "tests/ops/conv_block", "tests/ops/cross_entropy"
 
 # name: (file, its text, what becomes of it, test file, tests that are to fail)
 MUTATIONS = {

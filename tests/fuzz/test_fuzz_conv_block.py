@@ -19,8 +19,9 @@ from helpers import assert_same
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from fastcls import build_info, functional, reference
+from fastcls import build_info, reference
 from fastcls.functional import conv_block, conv_block_path
+from fastcls.ops import conv_block as op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_PRODUCTS = 200_000  # of a draw's convolution: about a millisecond in float64
@@ -191,8 +192,8 @@ def test_conv_block(path, data):
 @given(data=st.data())
 def test_conv_block_emulated(path, arch, tf32, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_ops", emulator.load())
-        patch.setattr(functional, "_allow_tf32", lambda x: tf32 and x.dtype == torch.float32)
+        patch.setattr(op, "_ops", emulator.load())
+        patch.setattr(op, "_allow_tf32", lambda x: tf32 and x.dtype == torch.float32)
         patch.setenv("FASTCLS_EMULATED_ARCH", str(arch))
         drawn = data.draw(calls(path))
         path_taken(drawn)

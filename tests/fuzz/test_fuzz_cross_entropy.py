@@ -19,8 +19,9 @@ from fuzz.drawing import (
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from fastcls import functional, reference
+from fastcls import reference
 from fastcls.functional import cross_entropy, cross_entropy_with_hits
+from fastcls.ops import cross_entropy as op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (
@@ -215,8 +216,8 @@ def test_cross_entropy(data):
 @given(data=st.data())
 def test_cross_entropy_emulated(data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_ops", emulator.load())
-        patch.setattr(functional, "_plain_cross_entropy", lambda *_: None)
+        patch.setattr(op, "_ops", emulator.load())
+        patch.setattr(op, "_plain_cross_entropy", lambda *_: None)
         drawn = data.draw(calls(most_classes=300))
         count_kind(drawn)
         check(drawn, data)

@@ -1,4 +1,6 @@
-// The cross-entropy kernels for AVX2 with FMA and F16C.
+// The cross-entropy kernels for AVX-512 (F, BW, DQ, VL), of logits of FASTCLS_DTYPE.
+#pragma once
+
 #include "cpu/cross_entropy_fast.h"
 
 #if defined(__x86_64__)
@@ -17,15 +19,15 @@
 #include <torch/headeronly/util/Half.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,popcnt")
-#define FASTCLS_AVX2
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
+#define FASTCLS_AVX512
 
-namespace fastcls::cpu::avx2 {
+namespace fastcls::cpu::avx512 {
 #include "cpu/vec.h"
 #include "cpu/vec_transpose.h"
 #include "cpu/vec_math.h"
 #include "cpu/cross_entropy_kernels.h"
-}  // namespace fastcls::cpu::avx2
+}  // namespace fastcls::cpu::avx512
 
 #pragma GCC pop_options
 

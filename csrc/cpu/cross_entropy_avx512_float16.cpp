@@ -1,0 +1,2 @@
+#define FASTCLS_DTYPE Half
+#include "cpu/cross_entropy_avx512.h"
