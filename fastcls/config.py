@@ -57,7 +57,7 @@ class Config:
             raise UserError(f"seed must be in 0..2**32 - 1, got {self.seed}")
 
     def lr_at(self, part: float) -> float:
-        """The learning rate when ``part`` of all steps is done, 0 < part <= 1."""
+        """The learning rate where ``part`` of all steps is done, 0 < part < 1."""
         return self.lr * SCHEDULES[self.schedule](part)
 
 
@@ -70,13 +70,14 @@ def _cosine(part: float) -> float:
     return (1 + math.cos(math.pi * part)) / 2
 
 
-# The factor on ``lr`` as a function of the part of all steps done, 0 < part <= 1.
+# The factor on ``lr`` as a function of the part of all steps done, 0 < part < 1. It is taken in the
+# middle of a step, so that no step has the rate 0 of either end, and thirds end with whole steps.
 SCHEDULES = {
     "constant": lambda part: 1.0,
     "cosine": _cosine,
     "linear": lambda part: 1 - part,
     "one-cycle": _one_cycle,
-    "step": lambda part: 0.1 ** min(2, int(3 * part)),  # a tenth after each third
+    "step": lambda part: 0.1 ** int(3 * part),  # a tenth after each third
 }
 
 # Fused: one kernel for all parameters, which also takes GradScaler's verdict without a sync.

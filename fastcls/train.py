@@ -256,7 +256,8 @@ class Trainer:
     def _set_lr(self) -> None:
         # A function of the step alone: nothing to save, and no order to get wrong.
         steps = len(self.data.train)
-        lr = self.config.lr_at((self.epoch * steps + self.step + 1) / (self.config.epochs * steps))
+        middle = self.epoch * steps + self.step + 0.5
+        lr = self.config.lr_at(middle / (self.config.epochs * steps))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
