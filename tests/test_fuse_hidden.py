@@ -1,8 +1,11 @@
 """fuse and forwards that hide something from a trace: the same numbers, fused or left alone."""
 
+import builtins
 import cProfile
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -538,6 +541,25 @@ def test_a_running_profiler_goes_on():
     still = sys.getprofile()
     profiler.disable()
     assert still is not None
+
+
+class Slow(Net):
+    def forward(self, x):
+        time.sleep(0.01)  # the other thread's turn
+        return F.relu(self.conv1(x))
+
+
+def test_threads_that_fuse_at_once():
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def replaced():
+        return builtins.isinstance, builtins.hasattr, hooks.__enter__
+
+    before = replaced()
+    with ThreadPoolExecutor(2) as pool:
+        fused = list(pool.map(fuse, [Slow(), Slow()]))
+    assert replaced() == before
+    assert all(len(fusion_report(model).fused) == 1 for model in fused)
 
 
 class DrawsByNumpy(Net):

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import textwrap
+import threading
 import types
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -52,8 +53,14 @@ class Plan:
         return FusionReport(rows, notes)
 
 
+# A trace sets builtins and classes aside for the whole process: of two at once, the first to end
+# would put its own in the second's place, for good.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 def make_plan(model: nn.Module) -> Plan:
-    traced, untraced = _trace_all(model)
+    with _ONE_AT_A_TIME:
+        traced, untraced = _trace_all(model)
     opaque = _opaque(untraced)
     views = [View([t[0] for t in traced], model, opaque)]
     if any(train is not evaluation for train, evaluation in traced):
