@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         options = parser().parse_args(argv)
         return options.command(options)
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # one of torchrun's processes speaks for all
-            print(f"fastcls: {error}", file=sys.stderr)
+        # Each of torchrun's processes speaks for itself: the others may have met no error.
+        process = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"fastcls{process}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastcls: interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ of dropout and the statistics of batch normalisation, is made for the whole batc
 """
 
 import gc
+import math
 import os
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def join(device: str) -> tuple[Share, torch.device]:
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"process {local} of this machine has no GPU of its own: {gpus} here")
+            raise UserError(f"no GPU of its own: process {local} of a machine with {gpus}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # The flags that processes exchange between steps live on the CPU whatever the device.
@@ -109,8 +110,10 @@ class _Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x
-        mask = F.dropout(x.new_ones(self.batch.size, *x.shape[1:]), self.p)
-        return x * mask[self.share.rows(0, self.batch.size)]
+        # Numbers are drawn in the order of the memory: as x has it, so that channels-last stays so.
+        shape, order = (self.batch.size, *x.shape[1:]), x.dim_order()
+        ones = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device).fill_(1)
+        return x * F.dropout(ones, self.p)[self.share.rows(0, self.batch.size)]
 
 
 class _BatchNorm(nn.Module):
@@ -133,7 +136,7 @@ class _BatchNorm(nn.Module):
             )
         axes = [0, *range(2, x.dim())]
         wide = [1, -1] + [1] * (x.dim() - 2)
-        total = self.batch.size * x[0, 0].numel() if x.dim() > 2 else self.batch.size
+        total = self.batch.size * math.prod(x.shape[2:])
         y = x.float()
         mean = _Sum.apply(y.sum(axes)) / total
         centred = y - mean.view(wide)

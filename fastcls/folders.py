@@ -65,8 +65,23 @@ class _Files(torch.utils.data.Dataset):
         if self.transform is None:
             return self.input.prepare(image)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            torch.manual_seed(self.stream(epoch, index))
             return self.transform(image.convert("RGB"))
+
+    def stream(self, epoch: int, index: int) -> int:
+        """The seed of an image's own random numbers.
+
+        Torch's generator takes 32 bits of it. In them up to a million images over 4294 epochs have
+        numbers of their own, and under every other ``seed`` other ones.
+        """
+        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + index) % 2**32
+
+    def batch(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """uint8 [B, C, size, size]; a process's part of a small batch may be empty."""
+        if not images:
+            size = self.input.size
+            return torch.empty(0, self.input.channels, size, size, dtype=torch.uint8)
+        return torch.utils.data.default_collate(images)
 
 
 class FolderBatches(Batches):
@@ -105,6 +120,7 @@ class FolderBatches(Batches):
             self.files,
             batch_sampler=[[(number, index) for index in batch] for batch in chosen],
             num_workers=min(self.workers, len(chosen)),
+            collate_fn=self.files.batch,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or a number for each loader is drawn from torch's own
         )

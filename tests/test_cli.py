@@ -104,6 +104,17 @@ def test_auto_device_is_cpu_without_a_gpu(monkeypatch):
         pick_device("cuda", "fused")
 
 
+def test_each_process_tells_its_own_error(monkeypatch, capsys):
+    for extra in ("matplotlib", "tqdm"):
+        pytest.importorskip(extra)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "5", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["train", "digits", "--layers", "native", "--device", "cuda"]) == 2
+    message = "fastcls, process 5: no GPU of its own: process 1 of a machine with 1\n"
+    assert capsys.readouterr().err == message
+
+
 def test_the_cpu_has_no_numbers():
     assert pick_device("cpu:0", "fused") == "cpu"
 

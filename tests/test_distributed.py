@@ -3,7 +3,10 @@
 import pytest
 import torch
 from recipe_helpers import run_child, write_mnist
+from torch import nn
 
+from fastcls import distributed
+from fastcls.distributed import Share
 from fastcls.runs import read_records
 
 for extra in ("matplotlib", "torchvision", "tqdm"):
@@ -60,3 +63,27 @@ def test_two_processes_come_to_the_losses_of_one(tmp_path):
     assert list(models[0]) == list(models[1])
     for name, tensor in models[0].items():
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-3, atol=1e-4)
+
+
+def batch_of(size):
+    batch = distributed._Batch()
+    batch.size = size
+    return batch
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_shares_of_a_dropout_mask_make_the_mask(memory_format):
+    x = torch.ones(5, 3, 4, 4).contiguous(memory_format=memory_format)
+    torch.manual_seed(0)
+    whole = nn.Dropout(0.5)(x)
+    for rank in range(6):  # the last one's share is empty
+        share = Share(rank, 6)
+        dropout = distributed._Dropout(nn.Dropout(0.5), share, batch_of(5))
+        torch.manual_seed(0)
+        assert torch.equal(dropout(x[share.rows(0, 5)]), whole[rank::6])
+
+
+def test_batch_normalisation_of_an_empty_share(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    norm = distributed._BatchNorm(nn.BatchNorm2d(3), batch_of(1))
+    assert norm(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)

@@ -76,6 +76,26 @@ def test_order_and_augmentation_depend_on_epoch_and_image_alone(folder):
     assert torch.equal(halves[1], whole[0][0][1::2])
 
 
+def test_every_seed_epoch_and_image_draws_its_own_numbers(folder):
+    drawn, files = set(), [str(folder / "ant" / "0.jpg")] * 3
+    for seed in (0, 1, 2, 20261128, 2**32 - 1):
+        batches = FolderBatches(
+            files, torch.arange(3), 1, INPUT, transform=lambda image: torch.rand(4), seed=seed
+        )
+        drawn |= {tuple(batches.files[e, i].tolist()) for e in range(3) for i in range(3)}
+    assert len(drawn) == 5 * 3 * 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_share_of_a_small_batch_may_be_empty(workers, folder):
+    train = load(folder, workers=workers).train
+    train.to(torch.device("cpu"), Share(rank=3, world=4))
+    assert [len(images) for images, _ in train.epoch()] == [1, 1, 0]
+    images, labels = list(train.epoch())[-1]
+    assert images.shape == (0, 3, 16, 16) and images.dtype == torch.float32
+    assert labels.shape == (0,) and labels.dtype == torch.int64
+
+
 def test_evaluation_takes_the_centre(folder):
     file = folder / "ant" / "0.jpg"
     expected = v2.Compose(
