@@ -18,6 +18,7 @@ from torch import nn
 
 from fastcls import fuse, fusion_report, unfuse
 from fastcls.fusing.dynamo import fastcls as in_graphs
+from fastcls.fusing.dynamo import swap_chains
 
 
 def results(model, x, *more):
@@ -40,6 +41,12 @@ def assert_same_numbers(fused, native, *more, shape=(2, 3, 12, 12)):
             assert (got is None) == (want is None)
             if got is not None:
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def in_graphs_alone(gm, example_inputs):
+    """The backend without Inductor."""
+    swap_chains(gm)
+    return gm.forward
 
 
 def made(cls, **modules):
@@ -701,6 +708,75 @@ def test_a_batch_norm_whose_weight_comes_late():
     assert_same_numbers(fuse(native), native)
     torch._dynamo.reset()
     assert_same_numbers(torch.compile(native, backend=in_graphs), native)
+
+
+class ChangesNorm(Net):
+    """What batch norm goes by is written to between it and its convolution, or read beside it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.norm.running_mean.fill_(-3)  # ReLU leaves it all
+
+    def forward(self, x):
+        gamma, beta = self.norm.weight.detach(), self.norm.bias.detach()
+        mean, var = self.norm.running_mean, self.norm.running_var
+        if self.how == "module":
+            h = self.conv1(x)
+            mean.mul_(0.5)
+            return self.relu(self.norm(h))
+        if self.how == "beside":
+            h = self.conv1(x)
+            before = mean * 1
+            return self.relu(self.norm(h)) + before.sum()
+        h = F.conv2d(x, self.conv1.weight)
+        if self.how == "method":
+            mean.mul_(0.5)
+        elif self.how == "item":
+            gamma[0] = 2
+        elif self.how == "out":
+            torch.add(mean, 1, out=mean)
+        elif self.how == "operator":
+            beta += 1
+        elif self.how == "inplace":
+            F.relu(mean, True)
+        else:
+            F.batch_norm(x[:, :1].expand(-1, 4, -1, -1), mean, var, training=True)
+        return F.relu(F.batch_norm(h, mean, var, gamma, beta))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["fuse", "compile"])
+@pytest.mark.parametrize(
+    "how", ["module", "beside", "method", "item", "out", "operator", "inplace", "statistics"]
+)
+def test_a_batch_norm_that_forward_changes(how, compiled):
+    models = [made(lambda: ChangesNorm(how)) for _ in range(2)]
+    native, fused = models[0], models[1]
+    if compiled:
+        torch._dynamo.reset()
+        fused = torch.compile(fused, backend=in_graphs_alone)
+    else:
+        fused = fuse(fused)
+    assert_same_numbers(fused, native)
+
+
+class FunctionalConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class NormsChild(Net):
+    def forward(self, x):
+        return F.relu(F.batch_norm(self.child(x), self.norm.running_mean, self.norm.running_var))
+
+
+def test_a_batch_norm_in_another_forward_than_the_convolution():
+    native = made(lambda: NormsChild(child=FunctionalConv()))
+    assert_same_numbers(fuse(native), native)
 
 
 class Overwrites(nn.Module):

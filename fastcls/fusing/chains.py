@@ -4,11 +4,13 @@ A value is followed from the step that makes it to the one that uses it: within 
 module whose result it is, into a module whose argument it is.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
 from fastcls.fusing.steps import KEPT, STATE, Step, changed_call, input_of, read
@@ -137,12 +139,36 @@ class View:
                 if not _does_something(chain):
                     chain.refuse(f"no {_wanted(chain)} follows")
                 break
-            if refusal := step.refusal or _unfit(head, step):
+            link = Link(traced, node, step)
+            if refusal := step.refusal or self._unfit(head, link):
                 chain.shorten(len(chain.links), refusal)
                 break
-            chain.links.append(Link(traced, node, step))
+            chain.links.append(link)
             at = traced, node
         return chain
+
+    def _unfit(self, head: Link, link: Link) -> str | None:
+        """Why this step, if it is a batch norm, cannot be folded into the convolution."""
+        if link.step.kind != "batch_norm":
+            return None
+        if (link.step.module is None) != (head.step.module is None):
+            return "of convolution and batch norm one is a module, one a function"
+        if link.step.module is None:
+            return _unfit_function(head, link)
+        tensors = itertools.chain(link.step.module.parameters(), link.step.module.buffers())
+        if self._tensors_read & {id(t) for t in tensors}:  # or written to, before the norm or after
+            return "forward itself reads a tensor of the batch norm"
+        return None
+
+    @functools.cached_property
+    def _tensors_read(self) -> set[int]:
+        """Ids of the parameters and buffers that forwards read themselves."""
+        return {
+            id(_attribute(t.owner, node.target))
+            for t in self.traced
+            for node in t.graph.nodes
+            if node.op == "get_attr"
+        }
 
     def _next(self, traced: Traced, value: fx.Node) -> tuple[Traced, fx.Node, fx.Node] | str:
         """Graph and node of the only use of ``value``, and its name there; or why there is none."""
@@ -205,17 +231,25 @@ def _expected(chain):
     return {"relu", "max_pool"} - kinds
 
 
-def _unfit(head, step):
-    """Why a batch norm cannot be folded into this convolution."""
-    if step.kind != "batch_norm":
-        return None
-    if (step.module is None) != (head.step.module is None):
-        return "of convolution and batch norm one is a module, one a function"
-    before = set(itertools.takewhile(lambda n: n is not head.node, head.traced.graph.nodes))
-    for value in step.arguments.values():
-        if isinstance(value, fx.Node) and value.op != "get_attr" and value not in before:
+def _unfit_function(head, link):
+    """Why a batch norm that is a function cannot be folded into this convolution."""
+    if link.traced is not head.traced:
+        return "convolution and batch norm are functions in two forwards"
+    nodes = list(head.traced.graph.nodes)
+    conv, norm = nodes.index(head.node), nodes.index(link.node)
+    for value in link.step.arguments.values():
+        if isinstance(value, fx.Node) and value.op != "get_attr" and value not in nodes[:conv]:
             return "what batch norm multiplies by is computed after the convolution"
+    if any(_may_write(node, head.traced.owner) for node in nodes[conv + 1 : norm]):
+        return "a tensor may be overwritten between convolution and batch norm"
     return None
+
+
+def _attribute(owner, target):
+    path, _, name = target.rpartition(".")
+    module = owner.get_submodule(path)
+    tensors = (module._parameters, module._buffers, vars(module))  # no property is computed
+    return next((held[name] for held in tensors if name in held), None)
 
 
 def _does_something(chain):
@@ -237,6 +271,33 @@ def _name(node):
     if node.op not in ("call_function", "call_method"):
         return ""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _may_write(node, owner):
+    """Might this step change a tensor in place, its input or any other?"""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    step = read(node, owner)
+    if step is not None and step.kind == "batch_norm":
+        return step.arguments["training"] is not False  # which moves the statistics
+    name = _name(node)
+    if name.endswith("_") or name in ("setitem", "instance_norm"):
+        return True
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    if any(value is True for value in node.args):  # that may be inplace
+        return True
+    return node.op == "call_function" and not _is_of_torch(node.target)
+
+
+def _is_of_torch(function):
+    """Is it one of those whose names tell whether they work in place?"""
+    if isinstance(function, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)):
+        return False
+    home = getattr(function, "__module__", None) or "torch"  # of many in C there is none
+    if home == "_operator":
+        return not function.__name__.startswith("i")  # iadd, imul
+    return home.partition(".")[0] in ("torch", "builtins", "math")
 
 
 def _may_be_overwritten(traced, value):
