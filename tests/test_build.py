@@ -1,4 +1,4 @@
-"""What ``setup.py`` says where a tool is missing."""
+"""What ``setup.py`` says where a tool is missing, and what a source distribution holds."""
 
 import os
 import subprocess
@@ -52,3 +52,23 @@ def test_an_nvcc_that_knows_no_architecture_is_named(tmp_path):
     )
     assert child.returncode == 1
     assert child.stderr.splitlines()[-1].startswith(f"{nvcc} lists none of the architectures 7.5")
+
+
+def test_a_source_distribution_holds_all_to_build_and_test(tmp_path):
+    for module in ("pybind11", "setuptools"):
+        pytest.importorskip(module)
+    child = subprocess.run(
+        [sys.executable, str(SETUP), "egg_info", "--egg-base", str(tmp_path)],
+        cwd=SETUP.parent,
+        env=os.environ | {"FASTCLS_CUDA": "0"},  # CUDA sources are packed all the same
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    packed = (tmp_path / "fastcls.egg-info" / "SOURCES.txt").read_text().splitlines()
+    files = [file for folder in ("csrc", "tests") for file in (SETUP.parent / folder).rglob("*.*")]
+    needed = [file for file in files if file.suffix in (".py", ".cpp", ".cu", ".h")]
+    assert any(file.suffix == ".cu" for file in needed)
+    assert not {file.relative_to(SETUP.parent).as_posix() for file in needed} - set(packed)
+    assert {"CHANGELOG.md", "LICENSE", "Makefile", "bench/measure.py"} <= set(packed)
+    assert not [name for name in packed if name.endswith((".so", ".pyc")) or "results" in name]
