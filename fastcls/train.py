@@ -43,7 +43,7 @@ class Trainer:
         tell: Callable[[str], None] = print,
     ):
         torch.manual_seed(config.seed)
-        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.recipe = recipe.__name__.rpartition(".")[2].replace("_", "-")
         self.config, self.device, self.share = config, device, share
         self.data = data.to(device, share)

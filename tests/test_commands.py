@@ -152,6 +152,20 @@ def test_taking_turns_changes_no_number():
         assert [len(turns) for turns in side.seconds] == [3, 3, 0]  # 23 steps, 10 in a turn
 
 
+def test_native_layers_are_compared_at_their_fastest(monkeypatch):
+    for flag in ("deterministic", "benchmark"):  # to be put back
+        monkeypatch.setattr(torch.backends.cudnn, flag, False)
+    module, cpu = recipes.get("digits"), torch.device("cpu")
+    config = module.Config(layers="native")
+
+    def choice_of(kind):
+        kind(module, config, module.load_data(config, None), cpu)
+        return torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+
+    assert choice_of(Side) == (False, True)
+    assert choice_of(Trainer) == (True, False)  # repeatable
+
+
 def test_one_thread_is_timed_by_its_processor_time(monkeypatch):
     cpu = torch.device("cpu")
     for threads, name in ((1, "processor"), (2, "wall")):
