@@ -1,11 +1,13 @@
 """fuse, unfuse and fusion_report: equal numbers, the same parameters, and nothing unproved."""
 
 import copy
+import gc
 import itertools
 import pickle
 import random
 import re
 import threading
+import weakref
 
 import nets
 import pytest
@@ -462,8 +464,64 @@ def test_folding_follows_the_weights_and_leaves_them_alone():
 def test_replacing_a_folded_batch_norm_is_an_error():
     fused = fuse(made(lambda: layers(conv(), nn.BatchNorm2d(4), nn.ReLU())))
     fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
-    with pytest.raises(RuntimeError, match="was replaced by SyncBatchNorm; unfuse the model"):
+    with pytest.raises(RuntimeError, match="was replaced, or not copied along; unfuse the model"):
         fused(torch.randn(1, 3, 8, 8))
+
+
+def normed():
+    return made(lambda: layers(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(12, 999)))
+
+
+def test_a_batch_norm_that_is_replaced_and_kept():
+    fused = fuse(normed())
+    kept, fused[1] = fused[1], nn.BatchNorm2d(4)
+    with pytest.raises(RuntimeError, match="unfuse the model"):
+        fused(images(fused))
+    assert kept is not fused[1]
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_convolution_copied_without_its_batch_norm_says_so(duplicate):
+    fused, x = fuse(normed()), images(normed())
+    one_by_one = nn.Sequential(*(duplicate(layer) for layer in fused))
+    with pytest.raises(RuntimeError, match="not copied along; unfuse the model"):
+        one_by_one(x)
+    together = nn.Sequential(*duplicate(list(fused)))
+    for model in (fused, together):
+        model[1].weight.data.fill_(3)
+    copy.copy(together[1])  # ties nothing
+    assert_equal_numbers(together, fused, x)
+
+
+def test_a_convolution_holds_no_more_than_itself():
+    native = normed()
+    sizes = [len(pickle.dumps(model[0])) for model in (native, fuse(native))]
+    assert sizes[1] < sizes[0] + 1000
+
+
+def test_a_fused_model_is_freed_with_its_last_reference():
+    fused = fuse(normed())
+    fused(images(fused)).sum().backward()
+    model = weakref.ref(fused)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        del fused
+        assert model() is None
+    finally:
+        if collects:
+            gc.enable()
+
+
+def test_layers_outlive_their_model():
+    fused, native = fuse(normed()), normed()
+    rest = nn.Sequential(*list(fused.children())[:-1])
+    del fused
+    assert_equal_numbers(rest, nn.Sequential(*native[:-1]), images(native))
 
 
 class Scaled(Net):

@@ -7,6 +7,7 @@ from fastcls.fusing.plan import Plan
 from fastcls.fusing.rewritten import Forward, rewritten_class
 from fastcls.fusing.swapped import (
     absorb,
+    absorb_batch_norm,
     change_class,
     swap_conv,
     swap_cross_entropy,
@@ -72,7 +73,7 @@ def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
             swapped.add(id(conv))
             swap_conv(
                 conv,
-                _slot(chain.link("batch_norm")),
+                _absorbed_batch_norm(chain.link("batch_norm")),
                 activation=edits.activation(chain),
                 **edits.pool_arguments(chain),
             )
@@ -80,6 +81,8 @@ def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
             module = link.step.module
             if module is None or id(module) not in plan.by_class or id(module) in swapped:
                 continue
+            if link.step.kind == "batch_norm":
+                continue  # with its convolution
             swapped.add(id(module))
             if link.step.kind == "nll_loss":
                 swap_nll_loss(module, chain.head.step.arguments["dim"])
@@ -90,9 +93,8 @@ def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
             swap_cross_entropy(loss)
 
 
-def _slot(link: Link | None):
-    """Where a module is kept: (parent, name in it)."""
+def _absorbed_batch_norm(link: Link | None):
     if link is None:
         return None
     path, _, name = link.node.target.rpartition(".")
-    return link.traced.owner.get_submodule(path), name
+    return absorb_batch_norm(link.traced.owner.get_submodule(path), name)

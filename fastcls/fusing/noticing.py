@@ -156,6 +156,7 @@ _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.de
 @contextlib.contextmanager
 def recording_reads(owner, watch):
     """Names of the plain attributes of ``owner`` that are read, in ``watch.reads``."""
+    itself = id(owner)  # the classes made here outlive the trace until Python collects cycles
 
     def note(module, name, value):
         own = name in object.__getattribute__(module, "__dict__")
@@ -163,7 +164,7 @@ def recording_reads(owner, watch):
             return
         if type(value) in PROXIES or _is_computed(type(module), name, own):
             return
-        if module is not owner:
+        if id(module) != itself:
             watch.unsure = f"forward reads {name} of another module"
         elif _is_constant(value):
             watch.reads.add(name)

@@ -4,6 +4,8 @@ A fused model has the very modules of the native one, under the same names; some
 class. So whatever refers to them, by whatever name, sees the change, and undoing it is exact.
 """
 
+import weakref
+
 from torch import nn
 
 from fastcls.fusing import choice
@@ -11,6 +13,7 @@ from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
 
 _NATIVE_CLASS = "_fastcls_native_class"
 _ADDED = "_fastcls_added"
+_TIE = "_fastcls_tie"
 
 
 def change_class(module: nn.Module, cls: type, **attributes) -> None:
@@ -34,6 +37,41 @@ def restore_class(module: nn.Module) -> None:
     module.__class__ = native
 
 
+class Tie:
+    """From a convolution to the batch norm that it folds; both hold it, it holds neither.
+
+    So whoever copies or pickles the two together makes a tie between the copies, which the copied
+    batch norm binds; a copy of the convolution alone has a loose end.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._batch_norm = self._owner = _nothing
+
+    def __reduce__(self):
+        return Tie, (self.name,)
+
+    def bind(self, batch_norm: nn.Module, owner: nn.Module | None = None) -> None:
+        """``owner`` has ``batch_norm`` as its child ``name``; None: not known."""
+        if self._batch_norm() is None:  # not so for a shallow copy
+            self._batch_norm = weakref.ref(batch_norm)
+            self._owner = _nothing if owner is None else weakref.ref(owner)
+
+    def batch_norm(self) -> nn.Module:
+        batch_norm, owner = self._batch_norm(), self._owner()
+        is_there = owner is None or owner._modules.get(self.name) is batch_norm
+        if not (is_there and isinstance(batch_norm, AbsorbedBatchNorm2d)):
+            raise RuntimeError(
+                f"FusedConvBlock: the BatchNorm2d {self.name!r} that fuse folds into it was "
+                "replaced, or not copied along; unfuse the model before you take it apart"
+            )
+        return batch_norm
+
+
+def _nothing():
+    return None
+
+
 class SwappedConvBlock(FusedConvBlock):
     """A convolution of the user's that does the steps after it too.
 
@@ -47,7 +85,7 @@ class SwappedConvBlock(FusedConvBlock):
     def forward(self, input):
         weight, bias = self.weight, self.bias
         if self.batch_norm is not None:
-            batch_norm = self._folded()
+            batch_norm = self.batch_norm.batch_norm()
             if batch_norm.training or batch_norm.running_mean is None:
                 return self._step_by_step(batch_norm, input)
             weight, bias = choice.fold_batch_norm(
@@ -60,16 +98,6 @@ class SwappedConvBlock(FusedConvBlock):
                 batch_norm.eps,
             )
         return self._block(choice.conv_block, input, weight, bias)
-
-    def _folded(self):
-        owner, name = self.batch_norm
-        batch_norm = owner._modules[name]
-        if not isinstance(batch_norm, AbsorbedBatchNorm2d):
-            raise RuntimeError(
-                f"FusedConvBlock: the BatchNorm2d that fuse folds into it was replaced by "
-                f"{type(batch_norm).__name__}; unfuse the model before you change its layers"
-            )
-        return batch_norm
 
     def _step_by_step(self, batch_norm, input):
         out = self._conv_forward(input, self.weight, self.bias)
@@ -88,7 +116,7 @@ class SwappedConvBlock(FusedConvBlock):
 
     def extra_repr(self):
         text = super().extra_repr()
-        return text if self.batch_norm is None else f"{text}, batch_norm={self.batch_norm[1]!r}"
+        return text if self.batch_norm is None else f"{text}, batch_norm={self.batch_norm.name!r}"
 
 
 class Absorbed(nn.Identity):
@@ -100,6 +128,10 @@ class Absorbed(nn.Identity):
 
 class AbsorbedBatchNorm2d(nn.BatchNorm2d):
     """Keeps parameters, statistics and mode for the convolution that does its work."""
+
+    def __setstate__(self, state):  # of a copy
+        super().__setstate__(state)
+        vars(self)[_TIE].bind(self)
 
     def forward(self, input):
         return input
@@ -114,26 +146,28 @@ class SwappedNLLLoss(FusedCrossEntropyLoss):
         )
 
 
-def swap_conv(conv: nn.Conv2d, batch_norm, *, activation, pool_size, **pool) -> None:
+def swap_conv(conv: nn.Conv2d, tie: Tie | None, *, activation, pool_size, **pool) -> None:
     """Give ``conv`` the steps after it, in the names of ``FusedConvBlock``.
 
-    ``batch_norm``: (parent module, name in it), or None.
+    ``tie``: to the batch norm among them.
     """
     block = {"pool_stride": None, "pool_padding": 0, "ceil_mode": False, **pool}
     change_class(
-        conv,
-        SwappedConvBlock,
-        **block,
-        pool_size=pool_size,
-        activation=activation,
-        batch_norm=batch_norm,
+        conv, SwappedConvBlock, **block, pool_size=pool_size, activation=activation, batch_norm=tie
     )
 
 
 def absorb(module: nn.Module) -> None:
     """Make ``module`` hand its input through."""
-    is_batch_norm = isinstance(module, nn.BatchNorm2d)
-    change_class(module, AbsorbedBatchNorm2d if is_batch_norm else Absorbed)
+    change_class(module, Absorbed)
+
+
+def absorb_batch_norm(owner: nn.Module, name: str) -> Tie:
+    """Make this child of ``owner`` hand its input through; the tie for the convolution."""
+    tie, batch_norm = Tie(name), owner._modules[name]
+    tie.bind(batch_norm, owner)
+    change_class(batch_norm, AbsorbedBatchNorm2d, **{_TIE: tie})
+    return tie
 
 
 def swap_cross_entropy(loss: nn.CrossEntropyLoss) -> None:

@@ -208,6 +208,7 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         if attributes.are_changed():
             watch.fixed = "forward changes attributes of the module"
         kept = tracer.kept()
+        tracer.root = None  # which would live until Python collects cycles
         attributes.restore()
         if collects:
             gc.enable()
