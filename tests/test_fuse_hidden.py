@@ -314,6 +314,19 @@ def test_no_chain_over_a_change_of_mode_in_compiled_graphs():
     assert_same_numbers(torch.compile(native, backend=in_graphs), native)
 
 
+def test_sizes_that_data_decides_are_left_to_inductor():
+    native, x = layers(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(3, 3, 12, 12)
+
+    def some(x, wanted):
+        return native(x[wanted])
+
+    torch._dynamo.reset()
+    wanted = torch.tensor([True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out = torch.compile(some, backend=in_graphs_alone, fullgraph=True)(x, wanted)
+    assert_same(out, some(x, wanted), "some")
+
+
 # ------------------------------------------------------------ state that is read, changed or kept
 
 

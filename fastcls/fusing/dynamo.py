@@ -77,6 +77,8 @@ def _pays(chain: Chain) -> bool:
         return False
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in examples)
     input, weight = map(_at_hand, examples)
+    if input is None or weight is None:
+        return False
     device_type = examples[0].device.type
     return conv_block_pays(input, weight, _pool_size(chain), needs_grad, device_type=device_type)
 
@@ -84,10 +86,11 @@ def _pays(chain: Chain) -> bool:
 def _at_hand(tensor):
     """Of a tensor with sizes that may change, one with the sizes that it has now, without data.
 
-    To compare the sizes themselves would tie the graph to the outcome.
+    To compare the sizes themselves would tie the graph to the outcome. None if a size is not known
+    before the graph runs.
     """
     sizes = [n if isinstance(n, int) else n.node.hint for n in tensor.shape]
-    return torch.empty(sizes, dtype=tensor.dtype, device="meta")
+    return None if None in sizes else torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
 
 def _pool_size(chain):
