@@ -71,8 +71,8 @@ class _Files(torch.utils.data.Dataset):
     def stream(self, epoch: int, index: int) -> int:
         """The seed of an image's own random numbers.
 
-        Torch's generator takes 32 bits of it. In them up to a million images over 4294 epochs have
-        numbers of their own, and under every other ``seed`` other ones.
+        Torch's generator takes 32 bits of it: up to a million images over 4294 epochs have numbers
+        of their own, and an image in an epoch has others under every other ``seed``.
         """
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + index) % 2**32
 
