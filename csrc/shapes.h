@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 
 namespace fastcls {
@@ -20,6 +21,8 @@ struct ConvBlockShape {
   int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;
   int64_t out_h, out_w;
   bool relu;
+
+  auto operator<=>(const ConvBlockShape&) const = default;
 
   constexpr int64_t group_in() const { return C / groups; }
   constexpr int64_t group_out() const { return K / groups; }

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 namespace fastcls::cuda {
@@ -41,7 +42,22 @@ const DeviceLimits& device_limits(int device) {
   return found != known.end() ? found->second : known.emplace(device, ask(device)).first->second;
 }
 
+void allow_shared(const void* kernel, const DeviceLimits& limits) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, const DeviceLimits*>> allowed;
+  const std::lock_guard lock(mutex);
+  if (allowed.count({kernel, &limits})) return;
+  cudaFuncAttributes of_kernel{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&of_kernel, kernel));
+  const int declared = static_cast<int>(of_kernel.sharedSizeBytes);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      limits.max_shared_bytes - declared));
+  allowed.insert({kernel, &limits});
+}
+
+// One handle, cudaStreamPerThread, is many streams: it has none.
 unsigned* counter_of(const DeviceLimits& limits, cudaStream_t stream) {
+  if (stream == cudaStreamPerThread) return nullptr;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
   static std::mutex mutex;

@@ -31,6 +31,11 @@ const DeviceLimits& device_limits(int device);
 // captured has its own for ever, as nobody knows the streams on which graphs will run.
 unsigned* counter_of(const DeviceLimits& limits, cudaStream_t stream);
 
+// Lets launches of `kernel` on the current device, whose limits these are, have all the shared
+// memory of a block. Not what one launch needs: the attribute is the kernel's, and another thread
+// may be about to launch it with more.
+void allow_shared(const void* kernel, const DeviceLimits& limits);
+
 // Launches kernels on the device of `t`, which is the current one as long as this lives, and on
 // PyTorch's current stream there:
 //
@@ -56,9 +61,7 @@ class Launcher {
   void with_shared(int64_t shared_bytes, void (*kernel)(Params...), dim3 grid, int threads,
                    const Args&... args) const {
     if (shared_bytes > kSharedWithoutAsking)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+      allow_shared(reinterpret_cast<const void*>(kernel), limits_);
     kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -12,6 +12,9 @@
 #include "cuda/conv_block_kernels.h"
 
 #include <limits>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 namespace fastcls::cuda {
 
@@ -36,40 +39,72 @@ std::optional<Arithmetic> arithmetic_of(ScalarType type, bool allow_tf32, int ar
   }
 }
 
-// Do 32 bits hold the way from the first of `images` to any element of the last?
-bool is_narrow(const Tensor& t, int64_t images) {
-  const int64_t last = images * t.stride(0) + (t.size(1) + 1) * t.stride(1) +
-                       2 * t.size(2) * t.stride(2) + 2 * t.size(3) * t.stride(3);
+// Do 32 bits hold the way from a box's first pixel, which may lie in the padding, to any other one
+// of its images, rows and columns?
+bool is_narrow(const Tensor& t, int64_t images, int64_t rows, int64_t columns) {
+  const int64_t last = images * t.stride(0) + (t.size(1) + 1) * t.stride(1) + rows * t.stride(2) +
+                       columns * t.stride(3);
   return last <= std::numeric_limits<int32_t>::max();
+}
+
+bool has_narrow_patches(const GemmTile& t, const Tensor& input) {
+  return is_narrow(input, t.images, t.patch_h, t.patch_w);
 }
 
 // Few channels would fill a step of the sum with padding, where the pixels under a row of the
 // kernel cannot be one run.
 bool folds(const ConvBlockShape& s) { return s.C <= 8 && s.dilation_w == 1; }
 
+GemmPlan plan_forward(const ConvBlockShape& s, Arithmetic a, int arch, int64_t max_shared) {
+  return gemm_plan(s, a, folds(s), true, arch, max_shared);
+}
+
+GemmPlan plan_backward_input(const ConvBlockShape& s, Arithmetic a, int arch, int64_t max_shared) {
+  if (s.stride_h != 1 || s.stride_w != 1) return {};
+  return gemm_plan(transposed(s), a, false, false, arch, max_shared);
+}
+
+WeightGradPlan plan_backward_weight(const ConvBlockShape& s, Arithmetic a, int arch,
+                                    int64_t max_shared) {
+  return weight_grad_plan(s, a, folds(s), arch, max_shared);
+}
+
+// What kMake plans for the device, or no plan without an arithmetic. To make one takes up to 50 us,
+// so that they are kept.
+template <auto kMake>
+auto plan_of(const Launcher& launch, const ConvBlockShape& s, std::optional<Arithmetic> a) {
+  using Plan = decltype(kMake(s, *a, int{}, int64_t{}));
+  constexpr size_t kMost = 1024;  // of half a KiB
+  if (!a) return Plan{};
+  static std::mutex mutex;
+  static std::map<std::tuple<ConvBlockShape, Arithmetic, int, int64_t>, Plan> plans;
+  const std::tuple key{s, *a, launch.arch(), launch.max_shared_bytes()};
+  const std::lock_guard lock(mutex);
+  const auto known = plans.find(key);
+  if (known != plans.end()) return known->second;
+  if (plans.size() == kMost) plans.clear();
+  return plans[key] = kMake(s, *a, launch.arch(), launch.max_shared_bytes());
+}
+
 GemmPlan forward_plan(const Launcher& launch, const ConvBlockShape& s, const Tensor& input,
                       std::optional<Arithmetic> a) {
-  if (!a) return {};
-  const GemmPlan plan = gemm_plan(s, *a, folds(s), true, launch.arch(), launch.max_shared_bytes());
-  return plan.exists() && is_narrow(input, plan.tile.images) ? plan : GemmPlan{};
+  const GemmPlan plan = plan_of<plan_forward>(launch, s, a);
+  return plan.exists() && has_narrow_patches(plan.tile, input) ? plan : GemmPlan{};
 }
 
 GemmPlan backward_input_plan(const Launcher& launch, const ConvBlockShape& s,
                              const Tensor& grad_out, std::optional<Arithmetic> a) {
-  if (!a || s.stride_h != 1 || s.stride_w != 1) return {};
-  const GemmPlan plan =
-      gemm_plan(transposed(s), *a, false, false, launch.arch(), launch.max_shared_bytes());
-  return plan.exists() && is_narrow(grad_out, plan.tile.images) ? plan : GemmPlan{};
+  const GemmPlan plan = plan_of<plan_backward_input>(launch, s, a);
+  return plan.exists() && has_narrow_patches(plan.tile, grad_out) ? plan : GemmPlan{};
 }
 
 WeightGradPlan backward_weight_plan(const Launcher& launch, const ConvBlockShape& s,
                                     const Tensor& input, const Tensor& grad_out,
                                     std::optional<Arithmetic> a) {
-  if (!a) return {};
-  const WeightGradPlan plan =
-      weight_grad_plan(s, *a, folds(s), launch.arch(), launch.max_shared_bytes());
-  const int64_t images = plan.tile.images;
-  const bool serves = plan.exists() && is_narrow(input, images) && is_narrow(grad_out, images);
+  const WeightGradPlan plan = plan_of<plan_backward_weight>(launch, s, a);
+  const GemmTile& t = plan.tile;
+  const bool serves = plan.exists() && has_narrow_patches(t, input) &&
+                      is_narrow(grad_out, t.images, t.box_h, t.box_w);
   return serves ? plan : WeightGradPlan{};
 }
 

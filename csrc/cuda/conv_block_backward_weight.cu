@@ -247,7 +247,7 @@ __device__ void add_up_warps(const WeightGradPlan& p, int warp_k, int warp_n, fl
 template <int kM>
 __device__ void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p, int warp_k,
                                 int warp_n, int k0, const float (&bias)[kM][2], float* room,
-                                float* to, int64_t elements) {
+                                float* to) {
   const int lane = threadIdx.x % kWarpSize;
   __syncthreads();
   if (warp_n == 0)
@@ -259,7 +259,7 @@ __device__ void store_bias_grad(const ConvBlockShape& s, const WeightGradPlan& p
   if (k >= kGradChannels || k0 + k >= s.K) return;
   float sum = 0;
   for (int i = 0; i < p.warps_k * 4; ++i) sum += room[i * kGradChannels + k];
-  to[(k0 + k) * elements + elements - 1] = sum;
+  to[(k0 + k) * weight_grad_row(s) + weight_grad_elements(s) - 1] = sum;
 }
 
 // ---- the kernel
@@ -273,9 +273,9 @@ constexpr int grad_blocks() {
 
 // Windows of 1, up to 4 or up to kPlaces positions. Grid: x has the parts of the boxes, y the
 // output channels, 32 at a time, and the chunks of input channels; kM fragments of the channels are
-// multiplied. partial [parts, K, taps x C + 1]. Shared memory: two patches, gradients and codes of
-// two boxes, positions, tables of the patch's pixels and the box's outputs; at the end room to add
-// up.
+// multiplied. partial [parts, K, weight_grad_row]. Shared memory: two patches, gradients and codes
+// of two boxes, positions, tables of the patch's pixels and the box's outputs; at the end room to
+// add up.
 template <typename Math, int kPlaces, int kM, int kUnits>
 __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnits>())
     weight_grad_kernel(ConvBlockShape s, WeightGradPlan p, InputSource<Math> input,
@@ -350,17 +350,19 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
   copy_async_wait<0>();
 
   // The block's part of the sums.
-  const int64_t elements = weight_grad_elements(s);
+  const int64_t stride = weight_grad_row(s);
   float* const room = reinterpret_cast<float*>(shared);
-  float* const to = partial + blockIdx.x * s.K * elements;
-  if (chunk == 0) store_bias_grad(s, p, warp_k, warp_n, k0, bias, room, to, elements);
+  float* const to = partial + blockIdx.x * s.K * stride;
+  if (chunk == 0) store_bias_grad(s, p, warp_k, warp_n, k0, bias, room, to);
   add_up_warps(p, warp_k, warp_n, room, sums);
   if (warp_k != 0) return;
+  // A thread's two columns are neighbouring channels: four threads store a sector.
+  const bool pairs = !p.config.fold && s.C % 2 == 0;
 #pragma unroll
   for (int j = 0; j < kUnits; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (j >= p.each_n) continue;
+      if (j >= p.each_n || (pairs && e == 1)) continue;
       const int64_t element = grad_element(s, p, first_unit + j, lane % 4 * 2 + e, chunk);
       if (element < 0) continue;
 #pragma unroll
@@ -368,7 +370,12 @@ __global__ void __launch_bounds__(kGradThreads, grad_blocks<Math, kPlaces, kUnit
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int64_t k = k0 + m * 16 + lane / 4 * 2 + h;
-          if (k < s.K) to[k * elements + element] = sums[m][j][2 * h + e];
+          if (k >= s.K) continue;
+          float* const at = to + k * stride + element;
+          if (pairs)
+            *reinterpret_cast<Vector<float, 2>*>(at) = {sums[m][j][2 * h], sums[m][j][2 * h + 1]};
+          else
+            *at = sums[m][j][2 * h + e];
         }
     }
 }
@@ -391,7 +398,7 @@ void launch_gemm_backward_weight(const Launcher& launch, const ConvBlockShape& s
                                  const WeightGradPlan& plan, Arithmetic a,
                                  const BackwardTensors& t) {
   const Tensor partial =
-      empty_flat({plan.splits, s.K, weight_grad_elements(s)}, ScalarType::Float, t.input);
+      empty_flat({plan.splits, s.K, weight_grad_row(s)}, ScalarType::Float, t.input);
   dispatch_arithmetic(a, [&](auto math) {
     using Math = decltype(math);
     const auto run = [&](auto places, auto fragments) {

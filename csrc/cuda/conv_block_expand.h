@@ -114,7 +114,8 @@ MapGrad<T> map_grad(const ConvBlockShape& s, const View4<const T>& g, const Code
   const auto in32 = [](int64_t size) { return static_cast<int>(size); };
   constexpr int64_t kSize = MapGrad<T>::kSize;
   const bool whole = s.K % kSize == 0 && g.n % kSize == 0 && g.h % kSize == 0 && g.w % kSize == 0;
-  const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 16 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(g.data) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(codes.data) % kSize == 0;
   return {g,
           codes,
           g.c == 1 && whole && aligned && !codes.wide,

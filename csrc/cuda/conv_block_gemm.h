@@ -115,9 +115,10 @@ __device__ Places<kM> places_of(const GemmTile& t, const int* row_offsets) {
 }
 
 // Steps of a tap whose loads and products overlap: as many as there are registers for on every
-// architecture. A folded patch leaves 80 to a thread: see gemm_blocks.
+// architecture from 8.0 on. A folded patch leaves 80 to a thread: see gemm_blocks.
 template <typename Math, int kTilesN, bool kFold>
 constexpr int unrolled_steps(int steps) {
+  if (!FASTCLS_SM80) return 1;
   if (kTilesN == 2) return steps;
   return Layout<Math>::kConfig.splits || (kTilesN == 4 && kFold) ? 1 : 2;
 }
@@ -259,10 +260,10 @@ __device__ void multiply_floats(const GemmTile& t, const unsigned char* patch,
 // ---- the kernel
 
 // Blocks that shall fit on a multiprocessor side by side: a folded patch leaves shared memory for a
-// third one.
+// third one, but before 8.0.
 template <typename Math, int kTilesN, bool kFold>
 constexpr int gemm_blocks() {
-  return kFold && kTilesN <= 4 && sizeof(typename Math::Element) == 2 ? 3 : 2;
+  return FASTCLS_SM80 && kFold && kTilesN <= 4 && sizeof(typename Math::Element) == 2 ? 3 : 2;
 }
 
 // Grid: x shares out the boxes, y the output channels. Shared memory: weights, two patches, the map
@@ -396,8 +397,7 @@ void launch_gemm(const Launcher& launch, const ConvBlockShape& s, const GemmTile
   launch(pack_weights_kernel<Math, kTilesN, kFold>, dim3(element_blocks(elements)), kElementThreads,
          s, t, weight, static_cast<Element*>(packed.mutable_data_ptr()), elements);
 
-  // Each block takes another KiB.
-  const int64_t room = launch.max_shared_bytes() / (t.shared_bytes + 1024);
+  const int64_t room = blocks_with(t.shared_bytes, launch.max_shared_bytes());
   const int64_t blocks = std::clamp<int64_t>(room, 1, gemm_blocks<Math, kTilesN, kFold>());
   const int64_t at_once = std::max<int64_t>(blocks * launch.multiprocessors() / columns, 1);
   const int64_t turns = ceil_div(t.boxes, at_once);

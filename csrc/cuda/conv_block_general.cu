@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kElementThreads)
     if (row < half) sums[threadIdx.x] += sums[threadIdx.x + half * t.lanes];
   }
   if (row == 0 && element < t.elements)
-    partial[(chunk * s.K + k) * t.elements + element] = sums[lane];
+    partial[(chunk * s.K + k) * weight_grad_row(s) + element] = sums[lane];
 }
 
 // Threads [kSumRows, kWarpSize]: a warp's lanes own elements that lie side by side, its warps take
@@ -195,20 +195,21 @@ __global__ void __launch_bounds__(kSumRows* kWarpSize)
     sum_chunks_kernel(ConvBlockShape s, int64_t chunks, const Acc* partial, View4<W> grad_weight,
                       W* grad_bias) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t elements = weight_grad_elements(s), total = s.K * elements;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  const int64_t elements = weight_grad_elements(s), stride = weight_grad_row(s);
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane, total = s.K * stride;
+  const int64_t k = index / stride, element = index % stride;
+  const bool exists = index < total && element < elements;
   SHARED_ARRAY(Acc, sums, kSumRows * kWarpSize);
   Acc own = 0;
-  if (index < total)
+  if (exists)
 #pragma unroll 8  // loads in flight
     for (int64_t chunk = warp; chunk < chunks; chunk += kSumRows)
       own += partial[chunk * total + index];
   sums[threadIdx.x] = own;
   __syncthreads();
-  if (warp > 0 || index >= total) return;
+  if (warp > 0 || !exists) return;
   Acc sum = 0;
   for (int row = 0; row < kSumRows; ++row) sum += sums[row * kWarpSize + lane];
-  const int64_t k = index / elements, element = index % elements;
   if (element == elements - 1) {
     if (grad_bias) grad_bias[k] = static_cast<W>(sum);
   } else if (grad_weight.data) {
@@ -247,7 +248,7 @@ void launch_general_backward_input(const Launcher& launch, const ConvBlockShape&
 void launch_general_backward_weight(const Launcher& launch, const ConvBlockShape& s,
                                     const BackwardTensors& t) {
   const WeightGradTile tile = weight_grad_tile(s);
-  const Tensor partial = empty_flat({tile.chunks, s.K, tile.elements},
+  const Tensor partial = empty_flat({tile.chunks, s.K, weight_grad_row(s)},
                                     accumulate_type(t.input.scalar_type()), t.input);
   dispatch_types(t.input.scalar_type(), t.weight.scalar_type(), [&](auto x, auto, auto acc) {
     using T = decltype(x);
@@ -264,7 +265,7 @@ void launch_sum_chunks(const Launcher& launch, const ConvBlockShape& s, int64_t 
   dispatch_types(t.input.scalar_type(), t.weight.scalar_type(), [&](auto, auto w, auto acc) {
     using W = decltype(w);
     using Acc = decltype(acc);
-    launch(sum_chunks_kernel<W, Acc>, ceil_div(s.K * weight_grad_elements(s), kWarpSize),
+    launch(sum_chunks_kernel<W, Acc>, ceil_div(s.K * weight_grad_row(s), kWarpSize),
            kSumRows * kWarpSize, s, chunks, static_cast<const Acc*>(partial.const_data_ptr()),
            t.grad_weight.numel() ? mutable_view<W>(t.grad_weight) : View4<W>{},
            t.grad_bias.numel() ? static_cast<W*>(t.grad_bias.mutable_data_ptr()) : nullptr);

@@ -66,7 +66,7 @@ struct BackwardTensors {
 void launch_general_forward(const Launcher&, const ConvBlockShape&, const ForwardTensors&);
 void launch_general_backward_input(const Launcher&, const ConvBlockShape&, const BackwardTensors&);
 void launch_general_backward_weight(const Launcher&, const ConvBlockShape&, const BackwardTensors&);
-// Adds up the chunks of `partial` [chunks, K, taps x C / groups + 1] into dW and db.
+// Adds up the chunks of `partial` [chunks, K, weight_grad_row] into dW and db.
 void launch_sum_chunks(const Launcher&, const ConvBlockShape&, int64_t chunks,
                        const Tensor& partial, const BackwardTensors&);
 

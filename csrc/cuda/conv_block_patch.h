@@ -103,8 +103,8 @@ struct Layout {
   static constexpr GemmConfig kConfig = gemm_config(Math::kArithmetic, false, 0);
   static constexpr bool kMatrixUnit = kConfig.matrix_unit;
   static constexpr int kGroups = kConfig.groups, kThreads = kConfig.warps * kWarpSize;
-  // Multiply-adds are for devices without a matrix unit: other code traps there.
-  static constexpr bool kRuns = runs_kernels(kMatrixUnit);
+  // Multiply-adds of floats are for devices whose matrix unit does not read tf32.
+  static constexpr bool kRuns = runs_kernels(kMatrixUnit, arch_has(Math::kArithmetic, 75));
 };
 
 __device__ inline unsigned divide(unsigned n, const Divider& by) {
@@ -167,7 +167,7 @@ __device__ inline Unit unit_at(const GemmTile& t, int index) {
 
 // Bytes from the start of a row of the patch to its column x, and to the run that starts there.
 __device__ inline int column_offset(const GemmTile& t, int x) {
-  if (t.copy_bytes) return (x & ~1) * t.pixel_bytes + (x & 1) * t.copy_bytes;
+  if (t.copy_bytes) return (x & -t.copies) * t.pixel_bytes + (x & (t.copies - 1)) * t.copy_bytes;
   if (t.interleave == 1) return x * t.pixel_bytes;
   unsigned column = x;
   const int phase = split(column, t.by_interleave);
@@ -323,6 +323,8 @@ struct InputSource {
                               unsigned char* patch, const Box& box) const {
     if (t.channels == 8)
       load_folded<kHasTable, 8, 8>(s, t, table, patch, box);
+    else if (t.channels == 1)
+      load_folded<kHasTable, 1, 1>(s, t, table, patch, box);
     else if (s.C == 1)
       load_folded<kHasTable, 4, 1>(s, t, table, patch, box);
     else
@@ -393,10 +395,12 @@ struct InputSource {
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i * blockDim.x >= pixels) break;
         *reinterpret_cast<Pixel*>(patch + to[i]) = values[i];
-        // Column x starts the run x - 1 of the other copy. That of column 0 is where nobody reads:
-        // the last one of the row before, or the room between the copies.
-        if (kBytes == 8 && t.copy_bytes)
-          *reinterpret_cast<Pixel*>(patch + t.copy_bytes + to[i] - kBytes) = values[i];
+        // Copy c has column x where the first one has column x - c. Columns before c come to lie
+        // where nobody reads: in the last ones of the row before, or in the room between copies.
+        if (kBytes < 16 && t.copy_bytes)
+#pragma unroll
+          for (int c = 1; c < 16 / kBytes; ++c)
+            *reinterpret_cast<Pixel*>(patch + to[i] + c * (t.copy_bytes - kBytes)) = values[i];
       }
     }
   }

@@ -166,14 +166,14 @@ __device__ void add_blocks(const Outputs<T, Acc>& out, int64_t blocks, int64_t r
   if (threadIdx.x == 0) write_result(sums, out, rows);
 }
 
-// The end of a forward kernel, called by all threads. The block that comes last adds up the blocks.
+// The end of a forward kernel, called by all threads, where thread 0 has the block's sums. The
+// block that comes last adds up the blocks.
 template <int kThreads, typename T, typename Acc>
-__device__ void finish(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
+__device__ void finish_block(const Sums& sums, const Outputs<T, Acc>& out, int64_t rows) {
   if (!out.sums) {  // nobody divides by it, but what is returned is written
     if (out.saved && blockIdx.x == 0 && threadIdx.x == 0) out.saved[2 * rows] = Acc(0);
     return;
   }
-  sums = reduce_block<kThreads>(sums);
   if (gridDim.x == 1) {
     if (threadIdx.x == 0) write_result(sums, out, rows);
     return;
@@ -181,13 +181,18 @@ __device__ void finish(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
   SHARED_ARRAY(int, last, 1);
   if (threadIdx.x == 0) {
     out.of_block[blockIdx.x] = sums;
-    __threadfence();
-    // Counts up to the last block's number, and from there to 0 again.
-    last[0] = out.counter && atomicInc(out.counter, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
+    const unsigned blocks = gridDim.x;
+    last[0] = out.counter && count_after_writing(out.counter, blocks - 1) == blocks - 1;
   }
   __syncthreads();
   if (last[0]) add_blocks<kThreads>(out, gridDim.x, rows);
+}
+
+// The same where each thread has sums of its own.
+template <int kThreads, typename T, typename Acc>
+__device__ void finish(Sums sums, const Outputs<T, Acc>& out, int64_t rows) {
+  if (out.sums) sums = reduce_block<kThreads>(sums);
+  finish_block<kThreads>(sums, out, rows);
 }
 
 constexpr int kFinishThreads = 256;

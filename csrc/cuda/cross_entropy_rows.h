@@ -253,11 +253,12 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   const int block_row = blockIdx.x * rows_per_block;
   const int end_row = rows - block_row < rows_per_block ? rows : block_row + rows_per_block;
   const int64_t distance = layout.row_stride(kInput);
-  // Returns the row's target; its first batch is on its way then, unless the row is ignored.
-  auto ask_first = [&](int n, uint4(&batch)[kBatch]) {
+  // Returns the row's target; its first batch is on its way then, unless the row is ignored. The
+  // block's first rows do not wait for their targets: nothing else is on its way.
+  auto ask_first = [&](int n, bool first, uint4(&batch)[kBatch]) {
     if (n >= end_row) return problem.ignore_index;
     const int64_t y = problem.index(n);
-    if (y == problem.ignore_index) return y;
+    if (y == problem.ignore_index && !first) return y;
     const T* x = problem.x + n * distance;
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     load_batch<kGroup>(reinterpret_cast<const uint4*>(x + row.head), lane, row.vectors, batch);
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
   int64_t y = 0;
   int reduced = 0;                           // rows, without the ignored ones
   int n = block_row + threadIdx.x / kGroup;  // the same for all threads of a barrier
-  if constexpr (!kWithGrad) y = ask_first(n, kept);
+  if constexpr (!kWithGrad) y = ask_first(n, true, kept);
   for (; n < end_row; n += kGroups) {
     if constexpr (kWithGrad) y = problem.index(n);
     const TargetClass<float> target = problem.classify(y);
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
     const VectorRow<T> row(x, static_cast<int>(layout.C));
     if (target.ignored) {  // without reading it
       if constexpr (kWithGrad) store_zeros<T, kGroup>(row, lane, gradient_row(n));
-      if constexpr (!kWithGrad) y = ask_first(n + kGroups, kept);
+      if constexpr (!kWithGrad) y = ask_first(n + kGroups, false, kept);
       if (lane == 0) {
         out.save_row(n, rows, 0.f, 0.f);
         if (out.each) out.set_loss(n, 0.f);
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       };
       for (int done = 0;; done += 2 * kStep)
         if (ask_and_add(done, kept, batch) || ask_and_add(done + kStep, batch, kept)) break;
-      y = ask_first(n + kGroups, kept);
+      y = ask_first(n + kGroups, false, kept);
     }
     reduce_group<kGroup, kExtras>(reduced++, &softmax, &extras);
 
@@ -374,9 +375,14 @@ __global__ void __launch_bounds__(kRowsThreads<kGroup>, kRowsBlocks<kGroup>)
       }
     }
   }
-  Sums mine;
-  if (lane == 0) mine = {sums[0], sums[1], sums[2]};
-  finish<kBlockThreads>(mine, out, layout.rows);
+  if constexpr (kGroups > 1) __syncthreads();
+  Sums of_block;
+  if (threadIdx.x == 0)
+    for (int g = 0; g < kGroups; ++g) {
+      of_block.loss += of_group[3 * g], of_block.weight += of_group[3 * g + 1];
+      of_block.hits += of_group[3 * g + 2];
+    }
+  finish_block<kBlockThreads>(of_block, out, layout.rows);
 }
 
 template <typename T, int kGroup>

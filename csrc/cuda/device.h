@@ -5,7 +5,7 @@
 //   threadIdx, blockIdx, blockDim, gridDim      __global__, __device__, __launch_bounds__
 //   SHARED_ARRAY(type, name, count)             DYNAMIC_SHARED(name)
 //   __syncthreads(), __shfl_xor_sync, __umulhi, __byte_perm, __vcmpeq4, fmaxf, fminf, uint2, uint4,
-//   atomicInc, __threadfence, and the functions below
+//   and the functions below
 //
 // Warp functions are called by all 32 threads of a warp, with mask kFullWarp.
 #pragma once
@@ -21,8 +21,8 @@ namespace fastcls::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Before compute capability 8.0 there are no asynchronous copies, and the matrix unit takes other
-// shapes. Host code asks Launcher::arch() and launches nothing there that multiplies matrices;
+// Before compute capability 8.0 there are no asynchronous copies, and the matrix unit reads no type
+// but float16. Host code asks Launcher::arch() and launches nothing there that multiplies others;
 // should it do so all the same, the kernel traps.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define FASTCLS_SM80 1
@@ -30,9 +30,11 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 #define FASTCLS_SM80 0
 #endif
 
-// Is the code compiled for devices that run kernels which need the matrix unit, or which serve in
-// their place?
-constexpr bool runs_kernels(bool of_matrix_unit) { return of_matrix_unit == (FASTCLS_SM80 == 1); }
+// Is the code compiled for devices that run a kernel for compute capability 8.0 and more, or for
+// less?
+constexpr bool runs_kernels(bool from_80, bool before_80) {
+  return FASTCLS_SM80 ? from_80 : before_80;
+}
 
 // Ends the kernel with an error.
 __device__ inline void trap() { asm volatile("trap;"); }
@@ -76,7 +78,18 @@ __device__ inline float max_nan(float a, float b) {
 #endif
 }
 
-// What another block has written, before the fence that this one has passed, while both ran.
+// Counts up to `last` and from there to 0 again; returns what the counter was. What the thread has
+// written before is there for whoever counts after it.
+__device__ inline unsigned count_after_writing(unsigned* counter, unsigned last) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return old;
+}
+
+// What another block has written before it counted, while both ran.
 __device__ inline double load_shared_by_blocks(const double* from) { return __ldcg(from); }
 
 __device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
@@ -157,6 +170,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
 //   a[0], a[1]  words 0-3 of rows 0-7 and 8-15      b[0]  words 0-3 of columns 0-7 (along k)
 //   a[2], a[3]  words 4-7 of the same rows          b[1]  words 4-7
 //   d[0], d[1]  columns 2 t, 2 t + 1 of row g       d[2], d[3]  of row g + 8
+//
+// Before 8.0 k = 8 is all that the matrix unit takes at a time.
 #if FASTCLS_SM80
 #define FASTCLS_MMA(shape_and_types)                                              \
   asm volatile("mma.sync.aligned." shape_and_types                                \
@@ -170,8 +185,20 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
 __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   FASTCLS_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
 }
+__device__ inline void mma_f16_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+      " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
 __device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if FASTCLS_SM80
   FASTCLS_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+#else
+  mma_f16_half(d, a[0], a[1], b0);
+  mma_f16_half(d, a[2], a[3], b1);
+#endif
 }
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   FASTCLS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");

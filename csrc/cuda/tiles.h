@@ -30,6 +30,11 @@ constexpr int64_t weight_grad_elements(const ConvBlockShape& s) {
   return s.kernel_h * s.kernel_w * s.group_in() + 1;
 }
 
+// From one channel's row to the next in partial sums: rows start on 32 bytes, a sector of memory.
+constexpr int64_t weight_grad_row(const ConvBlockShape& s) {
+  return ceil_div(weight_grad_elements(s), 8) * 8;
+}
+
 struct WeightGradTile {
   int64_t elements;  // per output channel
   int lanes, rows;   // powers of two, lanes * rows == kElementThreads
@@ -125,11 +130,11 @@ constexpr Pooling pooling_of(const ConvBlockShape& s) {
 // columns of the input apart, these columns lie next to each other: column x at
 // x % interleave * run + x / interleave.
 //
-// With `fold` a pixel has 4 or 8 channels, padded, and nothing between it and the next, so that all
-// pixels under a row of the kernel are one run of the sum: its taps are the kernel's rows. Where a
-// pixel takes 8 bytes, half of what the matrix unit loads at a time, there are two copies of the
-// patch: column x starts an aligned run in the copy x % 2. Strides of an even number of columns
-// need the first copy alone.
+// With `fold` a pixel has 1, 4 or 8 channels, padded, and nothing between it and the next, so that
+// all pixels under a row of the kernel are one run of the sum: its taps are the kernel's rows.
+// Where several pixels, 2 or 4, make up the 16 bytes that the matrix unit loads at a time, there
+// are as many copies of the patch: column x starts an aligned run in the copy x % copies. Strides
+// of a multiple of that many columns need the first copy alone.
 struct GemmTile {
   Pooling pooling;
   int images, box_h, box_w;
@@ -141,9 +146,9 @@ struct GemmTile {
   int depth_bytes;             // of the sum over one tap
   int patch_h, patch_w, interleave, run;
   int pixel_bytes, row_bytes, image_bytes;
-  int copy_bytes, patch_bytes;  // from one copy to the other (0: there is one); of all
-  int step_h, step_w;           // between neighbouring units, in the input
-  int run_words;                // of a run's last 32 bytes, 0: all of them
+  int copies, copy_bytes, patch_bytes;  // from one copy to the next (0: there is one); of all
+  int step_h, step_w;                   // between neighbouring units, in the input
+  int run_words;                        // of a run's last 32 bytes, 0: all of them
   int weight_row_bytes;
   int map_bytes;  // 0: the map lies where the patch was
   int64_t weight_bytes, table_entries;
@@ -211,13 +216,16 @@ constexpr GemmTile gemm_tile_of(const ConvBlockShape& s, const GemmConfig& c, in
   // each.
   const int64_t apart = c.fold ? 0 : c.weight_grad && c.element_bytes == 4 ? 32 : 16;
   t.pixel_bytes = channels * c.element_bytes + apart;
-  t.run = round_up(ceil_div(t.patch_w, t.interleave), t.pixel_bytes == 8 ? 2 : 1);
+  const int64_t per_load = c.fold ? std::max(16 / t.pixel_bytes, 1) : 1;  // pixels
+  t.run = round_up(ceil_div(t.patch_w, t.interleave), per_load);
   t.row_bytes = t.interleave * t.run * t.pixel_bytes;
   t.image_bytes = t.patch_h * t.row_bytes;
   const int64_t one_copy = round_up(images * t.patch_h * t.row_bytes, 16);
-  // 64 bytes from a multiple of all banks' 128: 4 runs of each copy lie in different banks.
-  if (t.pixel_bytes == 8 && s.stride_w % 2 != 0) t.copy_bytes = round_up(one_copy, 128) + 64;
-  const int64_t patch_bytes = t.copy_bytes + one_copy;
+  // The copies' share of all banks' 128 bytes from a multiple of them: the runs of 8 neighbouring
+  // columns lie in different banks.
+  if (s.stride_w % per_load != 0) t.copy_bytes = round_up(one_copy, 128) + 128 / per_load;
+  t.copies = t.copy_bytes ? per_load : 1;
+  const int64_t patch_bytes = (t.copies - 1) * t.copy_bytes + one_copy;
   t.patch_bytes = patch_bytes;
 
   t.run_words = c.fold ? s.kernel_w * t.pixel_bytes % 32 / 4 : 0;
@@ -284,8 +292,10 @@ constexpr GemmTile gemm_tile_of_width(const ConvBlockShape& s, const GemmConfig&
   return gemm_tile_of(s, c, channels, images, box_h, box_w);
 }
 
-// Channels of a pixel, padding included, at first tried all at once.
+// Channels of a pixel, padding included, at first tried all at once. A pixel of less than 4 bytes
+// would take more copies than they save.
 constexpr int64_t pixel_channels(const ConvBlockShape& s, const GemmConfig& c) {
+  if (c.fold && s.C == 1 && c.matrix_unit && c.element_bytes == 4) return 1;
   if (c.fold) return s.C <= 4 ? 4 : 8;
   return round_up(s.C, c.step());
 }
@@ -353,12 +363,28 @@ constexpr bool gemm_serves(const ConvBlockShape& s) {
 }
 
 // The matrix unit reads tf32 and bfloat16 from compute capability 8.0 on.
-constexpr bool arch_has(Arithmetic a, int arch) { return a == Arithmetic::kFloat || arch >= 80; }
+constexpr bool arch_has(Arithmetic a, int arch) {
+  return a == Arithmetic::kFloat || a == Arithmetic::kF16 || arch >= 80;
+}
 
 // 32 bits hold their number times chunks, and Divider takes the number apart.
 constexpr bool boxes_are_narrow(const GemmTile& t) {
   return t.boxes * std::max(t.chunks, std::max(t.boxes_w, t.boxes_h)) <
          std::numeric_limits<int32_t>::max();
+}
+
+// A multiprocessor has a KiB more of shared memory than a block may ask for, and each of its blocks
+// takes one (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+constexpr int64_t kSharedOfBlock = 1 << 10;
+
+// What each of `blocks` may ask for.
+constexpr int64_t shared_for(int64_t blocks, int64_t max_shared) {
+  return (max_shared + kSharedOfBlock) / blocks - kSharedOfBlock;
+}
+
+// How many may ask for `shared`.
+constexpr int64_t blocks_with(int64_t shared, int64_t max_shared) {
+  return (max_shared + kSharedOfBlock) / (shared + kSharedOfBlock);
 }
 
 constexpr int64_t kMostGridY = 65535;  // blocks along y, of every device
@@ -389,7 +415,7 @@ constexpr GemmPlan gemm_plan(const ConvBlockShape& s, Arithmetic a, bool fold, b
       const int64_t column_blocks = ceil_div(s.K, columns);
       if (column_blocks > kMostGridY) continue;
       const int64_t at_once = std::max<int64_t>(kGemmBlocks / 2 * blocks / column_blocks, 1);
-      const GemmTile t = gemm_tile(s, c, max_shared / blocks, at_once);
+      const GemmTile t = gemm_tile(s, c, shared_for(blocks, max_shared), at_once);
       if (t.units == 0 || !boxes_are_narrow(t)) continue;
       const int64_t work = t.work * (columns == 64 ? 14 : 10) * (blocks == 2 ? 4 : 3);
       if (work < least) least = work, best = {c, t};

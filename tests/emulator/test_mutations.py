@@ -167,8 +167,8 @@ MUTATIONS = {
     ),
     "counter that does not return to 0": (
         "cross_entropy_common.h",
-        "atomicInc(out.counter, gridDim.x - 1) ==",
-        "atomicInc(out.counter, gridDim.x) ==",
+        "count_after_writing(out.counter, blocks - 1) ==",
+        "count_after_writing(out.counter, blocks) ==",
         LOSS,
         "emulated and test_cuda_kernels_with_several_turns",
     ),

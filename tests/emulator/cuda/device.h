@@ -136,7 +136,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void forget(uint4&) {}
-constexpr bool runs_kernels(bool) { return true; }  // devices of every kind are emulated
+constexpr bool runs_kernels(bool, bool) { return true; }  // devices of every kind are emulated
 inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 // Errs as far as the hardware may, except at 0: upwards for one half of the numbers, downwards for
 // the other.
@@ -145,6 +145,12 @@ inline float exp2_approx(float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   const float exact = std::exp2(x), error = bits % 2 ? 0x1p-22f : -0x1p-22f;
   return x == 0 ? exact : exact + exact * error;
+}
+// Threads run one at a time.
+inline unsigned count_after_writing(unsigned* counter, unsigned last) {
+  const unsigned old = *counter;
+  *counter = old >= last ? 0 : old + 1;
+  return old;
 }
 inline double load_shared_by_blocks(const double* from) { return *from; }
 template <typename T>
@@ -255,14 +261,6 @@ inline unsigned __vcmpeq4(unsigned a, unsigned b) {
     if (((a ^ b) & byte) == 0) result |= byte;
   return result;
 }
-
-// Threads run one at a time.
-inline unsigned atomicInc(unsigned* counter, unsigned last) {
-  const unsigned old = *counter;
-  *counter = old >= last ? 0 : old + 1;
-  return old;
-}
-inline void __threadfence() {}
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 

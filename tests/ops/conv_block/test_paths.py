@@ -72,6 +72,24 @@ def test_path_can_be_asked_on_cuda(name, dtype, tf32_device):
     assert double == "general"
 
 
+# The matrix unit of compute capability 7.5 reads float16 alone; floats have multiply-adds there.
+@pytest.mark.parametrize("name", CUDA_PATHS)
+def test_paths_of_an_older_gpu(name, tf32_device, monkeypatch):
+    if tf32_device.type == "cuda":
+        pytest.skip("an emulated one")
+    monkeypatch.setenv("FASTCLS_EMULATED_ARCH", "75")
+    case = BY_NAME[name]
+    x = torch.zeros(1, case.in_channels, case.height, case.width)
+    w = torch.zeros(case.weight_shape)
+    for dtype, expected in (
+        (torch.float32, CUDA_PATHS[name]),
+        (torch.float16, CUDA_PATHS[name]),
+        (torch.bfloat16, "general"),
+    ):
+        path = functional.conv_block_path(x.to(dtype), w, **case.function_arguments)
+        assert path == expected, dtype
+
+
 def test_more_output_channels_than_a_cuda_grid_has_blocks_for(tf32_device):
     x = torch.zeros(1, 16, 1, 1, device=tf32_device)
     few, many = (

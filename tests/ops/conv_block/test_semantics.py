@@ -258,6 +258,46 @@ def test_images_more_than_two_billion_elements_apart(device):
         assert_same(ours, near, "gradient")
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES["float32"], DTYPES["bfloat16"]], ids=str)
+@pytest.mark.parametrize("channels", [3, 16])
+def test_rows_of_padding_that_32_bits_cannot_count(channels, dtypes, device):
+    sizes = dict(height=1, width=8, kernel=(17, 1), padding=(8, 0), batch=1)
+    case = ConvCase("far-padding", "one row, far from none", channels, 8, **sizes, pool_size=None)
+    dtype, param_dtype = dtypes
+    x, w, b, grad_out = integer_problem(case)
+    x, grad_out = x.to(device, dtype), grad_out.to(device, dtype)
+    w, b = (t.to(device, param_dtype) for t in (w, b))
+    x = with_layout(x, "channels_last")
+    far_x = x.as_strided(x.shape, (8 * channels, 1, 2**28, channels))  # its only row is near
+    results = []
+    for tensor in (x, far_x):
+        leaves = leaves_of(tensor, w, b)
+        out = conv_block(*leaves, **case.function_arguments)
+        results.append([out.detach(), *gradients(out, leaves, grad_out)])
+    for near, far in zip(*results, strict=True):
+        assert_same(far, near, "output or gradient")
+
+
+@pytest.mark.parametrize("name", ["deep2", "wide1", "plain"])
+def test_winners_that_come_back_at_odd_addresses(name, device):
+    case = BY_NAME[name]
+    x, w, b, grad_out = random_problem(case, DTYPES["bfloat16"], device)
+    x, grad_out = (with_layout(t, "channels_last") for t in (x, grad_out))
+    leaves = leaves_of(x, w, b)
+
+    def moved(t):
+        if t.dtype != torch.uint8:
+            return t
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+        return memory[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+    expected = gradients(conv_block(*leaves, **case.function_arguments), leaves, grad_out)
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda t: t):
+        out = conv_block(*leaves, **case.function_arguments)
+    for ours, plain in zip(gradients(out, leaves, grad_out), expected, strict=True):
+        assert_same(ours, plain, "gradient")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dilation", [1, (2, 1)])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (4, 3), (1, 1)])
