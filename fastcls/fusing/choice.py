@@ -19,7 +19,7 @@ MOST_ELEMENTS = 1 << 24  # of an image
 HAS_VECTORS = _C.isa() != "scalar"
 
 
-def has_fast_kernel(input, pool_size, device_type):
+def has_fast_kernel(input, pool_size, device_type, strided_grad=False):
     """Is there a kernel for these that is faster than plain loops?
 
     Args:
@@ -30,12 +30,19 @@ def has_fast_kernel(input, pool_size, device_type):
         input.dtype != torch.float64
         and height * width <= MOST_PLACES
         and input.shape[-3] * input.shape[-2] * input.shape[-1] < MOST_ELEMENTS
-        and (HAS_VECTORS or device_type == "cuda")
+        and (not strided_grad if device_type == "cuda" else HAS_VECTORS)
     )
 
 
 def conv_block_pays(
-    input, weight, pool_size, needs_grad, images=None, dense=True, device_type="cpu"
+    input,
+    weight,
+    pool_size,
+    needs_grad,
+    images=None,
+    dense=True,
+    device_type="cpu",
+    strided_grad=False,
 ):
     """Is the fused op faster than conv2d, max_pool2d and relu_ one after the other?
 
@@ -50,8 +57,9 @@ def conv_block_pays(
         images: batch size to go by; None: input's.
         dense: are stride and dilation 1?
         device_type: where the op is to run.
+        strided_grad: is the stride not 1, and will the input's gradient be asked for?
     """
-    if not has_fast_kernel(input, pool_size, device_type):
+    if not has_fast_kernel(input, pool_size, device_type, strided_grad):
         return False
     n = input.shape[0] if images is None else images
     places = n * input.shape[-2] * input.shape[-1]
@@ -65,6 +73,11 @@ def conv_block_pays(
     if channels <= FEW_CHANNELS:
         return needs_grad or channels > 1
     return places >= 4 * taps and (channels >= MANY_CHANNELS or not needs_grad)
+
+
+def is_one(step):
+    """Is this stride or dilation 1 along both axes?"""
+    return step in (1, (1, 1), [1, 1])
 
 
 # Sizes are unknown while a graph for any batch size is made: reading them would tie it to some.
@@ -87,15 +100,17 @@ def conv_block(
     ceil_mode=False,
 ):
     """``functional.conv_block``, by whichever kernels are faster: the same numbers."""
-    needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    has_grads = torch.is_grad_enabled()
+    needs_grad = has_grads and (input.requires_grad or weight.requires_grad)
     if input.dim() == 4 and conv_block_pays(
         input,
         weight,
         pool_size,
         needs_grad,
         TYPICAL_IMAGES if torch.compiler.is_compiling() else None,
-        all(step in (1, (1, 1), [1, 1]) for step in (stride, dilation)),
+        is_one(stride) and is_one(dilation),
         input.device.type,
+        has_grads and input.requires_grad and not is_one(stride),
     ):
         return functional.conv_block(
             input,
