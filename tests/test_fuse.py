@@ -322,7 +322,7 @@ LEFT_ALONE = [
     (NoGrad, "changes autocast or grad mode"),
     (Offloaded, "saved-tensor hooks"),
     (AsksForType, "asks for the type of its arguments"),
-    (AsksForArgument, "asks whether an optional argument was given"),
+    (AsksForArgument, "asks `skip is None`"),
     (AnyArguments, "any number of arguments"),
     (InTrainingOnly, "training and evaluation differ"),
     (NormTwice, "BatchNorm2d norm is called elsewhere too"),

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -636,6 +637,109 @@ class OptionalPair(Net):
 def test_optional_arguments_that_go_together(given):
     native = made(OptionalPair)
     assert_same_numbers(fuse(native), native, *given)
+
+
+class RequiredArgument(Net):
+    def forward(self, x, skip):
+        h = self.conv1(x)
+        return h if skip is None else self.relu(h) + skip
+
+
+class AttributeOfArgument(Net):
+    def forward(self, x, batch):
+        if (mask := batch.mask) is not None:
+            x = x * mask
+        return F.relu(self.conv1(x))
+
+
+class EntryOfArgument(Net):
+    def forward(self, x, batch):
+        return F.relu(self.conv1(x * (1 if batch.get("mask") is None else batch["mask"])))
+
+
+class SameArgument(Net):
+    def forward(self, x, y):
+        return self.relu(self.conv1(x)) + (0 if x is y else 1)
+
+
+class MatchedArgument(Net):
+    def forward(self, x, more):
+        match more:
+            case {"mask": mask}:
+                x = x * mask
+        return F.relu(self.conv1(x))
+
+
+def relu_unless_none(h, y):
+    return h if y is None else F.relu(h)
+
+
+class AsksInFunction(Net):
+    def forward(self, x, y):
+        return relu_unless_none(self.conv1(x), y)
+
+
+class TriesAndGoesOn(Net):
+    def forward(self, x, y):
+        h = self.conv1(x)
+        try:
+            if y > 0:
+                return h
+        except Exception:  # fx's, say
+            pass
+        return self.relu(h)
+
+
+class TriesBare(Net):
+    def forward(self, x, y):
+        h = self.conv1(x)
+        try:
+            len(y)
+        except:  # noqa: E722
+            return self.relu(h)
+        return h
+
+
+@pytest.mark.parametrize(
+    "cls, given",
+    [
+        (RequiredArgument, None),
+        (RequiredArgument, 1.0),
+        (AttributeOfArgument, SimpleNamespace(mask=None)),
+        (AttributeOfArgument, SimpleNamespace(mask=2.0)),
+        (EntryOfArgument, {}),
+        (EntryOfArgument, {"mask": 2.0}),
+        (SameArgument, 1),
+        (MatchedArgument, {"mask": 2.0}),
+        (AsksInFunction, None),
+        (TriesAndGoesOn, 1),
+        (TriesAndGoesOn, 0),
+        (TriesBare, [1]),
+        (TriesBare, 1),
+    ],
+)
+def test_what_a_trace_would_answer_for_its_stand_in(cls, given):
+    native = made(cls)
+    fused = fuse(native)
+    assert not fusion_report(fused).fused
+    assert_same_numbers(fused, native, given)
+
+
+class AsksOfItsOwn(Net):
+    def forward(self, x):
+        for block in (self.down, None):
+            if block is not None:
+                x = block(x)
+        h = self.conv1(x) if self.norm is not None and self.up is None else x
+        return self.relu(h) if getattr(self, "absent", None) is None else h
+
+
+def test_asking_what_is_no_argument_hides_nothing():
+    native = made(AsksOfItsOwn, down=nn.Identity())
+    native.up = None
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
 
 
 class TensorOrList(Net):

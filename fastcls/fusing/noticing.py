@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import dis
 import enum
 import functools
 import inspect
@@ -16,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcls.fusing.code import is_users
+
 
 class CannotTrace(Exception):
     """The forward cannot be traced, or not with certainty; the message says why."""
@@ -28,6 +29,12 @@ class Watch:
     reads: set[str] = field(default_factory=set)
     fixed: str | None = None
     unsure: str | None = None
+    refused: str | None = None
+
+    def refuse(self, why: str):
+        """Remembered, since the forward may catch the exception and go another way."""
+        self.refused = why
+        raise CannotTrace(why)
 
 
 # ---- tensors and what stands for them
@@ -38,8 +45,11 @@ class Proxy(fx.Proxy):
 
     def __setattr__(self, name, value):
         if name not in ("node", "tracer"):
-            raise CannotTrace(f"forward sets {name} of a tensor")
+            self.tracer.watch.refuse(f"forward sets {name} of a tensor")
         super().__setattr__(name, value)
+
+    def __len__(self):
+        self.tracer.watch.refuse("forward asks how long something is that it is given")
 
 
 PROXIES = (fx.Proxy, Proxy, fx.proxy.Attribute)
@@ -48,9 +58,13 @@ PROXIES = (fx.Proxy, Proxy, fx.proxy.Attribute)
 class RefusingWrites(TorchDispatchMode):
     """Of proxies it sees nothing; what is written to is a tensor of the user's."""
 
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.is_mutable:
-            raise CannotTrace(f"forward writes to tensors ({func})")
+            self.watch.refuse(f"forward writes to tensors ({func})")
         return func(*args, **(kwargs or {}))
 
 
@@ -210,7 +224,7 @@ def _is_constant(value):
 
 
 @contextlib.contextmanager
-def answering_for_proxies(say_tensor):
+def answering_for_proxies(watch, say_tensor):
     """``isinstance`` and ``hasattr`` for proxies, which stand for whatever forward is given.
 
     PyTorch is told that they are tensors. The forward is told so, or that they are not; what else
@@ -227,14 +241,14 @@ def answering_for_proxies(say_tensor):
         if asks.f_globals.get("__name__", "").startswith(("torch.fx", "torch.nn.parameter")):
             return False
         if issubclass(torch.Tensor, classes):
-            return say_tensor or not _is_users(asks)
-        if not _is_users(asks):
+            return say_tensor or not is_users(asks)
+        if not is_users(asks):
             return False
-        raise CannotTrace("forward asks for the type of its arguments")
+        watch.refuse("forward asks for the type of its arguments")
 
     def hasattr_(obj, name):
-        if type(obj) in PROXIES and _is_users(sys._getframe(1)):
-            raise CannotTrace("forward asks what its arguments have")
+        if type(obj) in PROXIES and is_users(sys._getframe(1)):
+            watch.refuse("forward asks what its arguments have")
         return real_hasattr(obj, name)
 
     builtins.isinstance, builtins.hasattr = isinstance_, hasattr_
@@ -242,36 +256,6 @@ def answering_for_proxies(say_tensor):
         yield
     finally:
         builtins.isinstance, builtins.hasattr = real_isinstance, real_hasattr
-
-
-_NOT_USERS = {"torch", "fastcls"} | sys.stdlib_module_names
-
-
-def _is_users(frame):
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_USERS
-
-
-@contextlib.contextmanager
-def noticing_types_asked_for(owner):
-    """``type(x)`` cannot be answered for a proxy: code of the user's that has it is refused."""
-    seen = {getattr(inspect.unwrap(type(owner).forward), "__code__", None)} - {None}
-
-    def profile(frame, event, _):
-        if event == "call" and _is_users(frame):
-            seen.add(frame.f_code)
-
-    profiled = sys.getprofile() is not None  # whose profiler could not be put back
-    if not profiled:
-        sys.setprofile(profile)
-    try:
-        yield
-    finally:
-        if not profiled:
-            sys.setprofile(None)
-    for function in seen:
-        for step in dis.get_instructions(function):
-            if step.opname == "LOAD_GLOBAL" and step.argval == "type":
-                raise CannotTrace("forward asks for the type of something")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from fastcls.fusing.code import recording_code, unanswered
 from fastcls.fusing.noticing import (
     PROXIES,
     CannotTrace,
@@ -30,7 +31,6 @@ from fastcls.fusing.noticing import (
     global_modes,
     global_state,
     noticing_saved_tensor_hooks,
-    noticing_types_asked_for,
     recording_reads,
 )
 from fastcls.fusing.steps import KEPT, STATE, calls_itself, changed_call
@@ -194,9 +194,9 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         with (
             recording_reads(owner, watch),
             noticing_saved_tensor_hooks(watch),
-            answering_for_proxies(say_tensor),
-            noticing_types_asked_for(owner),
-            RefusingWrites(),
+            answering_for_proxies(watch, say_tensor),
+            recording_code(owner, PROXIES) as ran,
+            RefusingWrites(watch),
         ):
             graph = tracer.trace(owner, concrete_args=defaults)
     except Exception as error:  # whatever the forward does with a proxy
@@ -215,6 +215,8 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
         exchanged = [(t, old) for t, old in data if not torch._C._is_alias_of(t, old)]
         for tensor, old in exchanged:
             tensor.data = old
+    if why := watch.refused or unanswered(ran):
+        raise CannotTrace(why)
     if exchanged:
         raise CannotTrace("forward gives a parameter or buffer other data")
     if drew:
@@ -244,6 +246,18 @@ class _Tracer(fx.Tracer):
         self.state = global_state()
         self.proxies = []
 
+    def to_bool(self, obj):
+        try:
+            return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            self.watch.refuse(str(error))
+
+    def iter(self, obj):
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError as error:
+            self.watch.refuse(str(error))
+
     def is_leaf_module(self, m, module_qualified_name):
         return True
 
@@ -269,7 +283,7 @@ class _Tracer(fx.Tracer):
         if type(a) in PROXIES:
             return a.node
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
-            raise CannotTrace("forward makes a tensor of its own")
+            self.watch.refuse("forward makes a tensor of its own")
         if isinstance(a, dict) and type(a) is not dict:
             self.watch.fixed = f"forward makes a {type(a).__name__}"
         if isinstance(a, float):  # NumPy's say what they are in a way that is no Python
