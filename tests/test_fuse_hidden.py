@@ -2,8 +2,14 @@
 
 import builtins
 import cProfile
+import enum
+import functools
+import logging
+import math
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -74,9 +80,11 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_sizes_and_values_as_numbers(name):
+    number = NUMBERS[name]
+
     class Numbers(Net):
         def forward(self, x):
-            return self.relu(self.conv1(x)) + NUMBERS[name](x).sum()
+            return self.relu(self.conv1(x)) + number(x).sum()
 
     native = made(Numbers)
     assert_same_numbers(fuse(native), native)
@@ -395,6 +403,180 @@ def test_constants_of_the_class_cannot_be_set_unseen():
     assert len(fusion_report(fused).fused) == 1
     with pytest.raises(AttributeError, match="fuse went by its value in forward"):
         fused.gain = 2.0
+
+
+ON, TABLE = True, {"on": True}
+
+
+class Config:
+    on = True
+
+
+class ByGlobal(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return self.relu(h) if ON else h
+
+
+class ByClass(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return F.relu(h) if Config.on else h
+
+
+class ByTable(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return F.relu(h) if TABLE["on"] else h
+
+
+class ByEnvironment(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return F.relu(h) if os.environ.get("FASTCLS_TEST") is None else h
+
+
+def is_on():
+    return Config.on
+
+
+class ByFunction(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        return F.relu(h) if is_on() else h
+
+
+def by_closure():
+    table = TABLE
+
+    class ByClosure(Net):
+        def forward(self, x):
+            h = self.conv1(x)
+            return F.relu(h) if table["on"] else h
+
+    return ByClosure()
+
+
+@pytest.mark.parametrize(
+    "make", [ByGlobal, ByClass, ByTable, ByEnvironment, ByFunction, by_closure]
+)
+def test_settings_outside_the_model(make, monkeypatch):
+    native = made(make)
+    fused = fuse(native)
+    assert_same_numbers(fused, native)
+    monkeypatch.setitem(globals(), "ON", False)
+    monkeypatch.setattr(Config, "on", False)
+    monkeypatch.setitem(TABLE, "on", False)
+    monkeypatch.setenv("FASTCLS_TEST", "1")
+    assert_same_numbers(fused, native)
+
+
+def test_constants_of_pytorch_are_no_settings():
+    class Constants(Net):
+        def forward(self, x: torch.Tensor):
+            h = F.relu(self.conv1(x)).to(memory_format=torch.contiguous_format)
+            return h * math.pi if Kind.A is not Kind.B else h
+
+    native = made(Constants)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
+
+
+class Kind(enum.Enum):
+    A, B = 1, 2
+
+
+class FunctionInAttribute(Net):
+    def __init__(self):
+        super().__init__()
+        self.act = F.relu
+
+    def forward(self, x):
+        return self.pool(self.act(self.conv1(x)))
+
+
+def test_a_function_in_an_attribute_cannot_be_set_unseen():
+    native = made(FunctionInAttribute)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
+    fused.act = F.relu
+    with pytest.raises(AttributeError, match="fuse went by its value in forward"):
+        fused.act = torch.tanh
+
+
+class FreezesNorm(Net):
+    def forward(self, x):
+        h = self.conv1(x)
+        self.norm.eval()
+        return self.relu(self.norm(h))
+
+
+def test_modes_that_forward_sets():
+    native = made(FreezesNorm)
+    fused = fuse(native)
+    assert native.norm.training and fused.norm.training
+    assert_same_numbers(fused, native)
+
+
+# What forward does besides: prints, logs, counts.
+DONE = []
+
+
+def counted(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        counted.calls += 1
+        return forward(self, x)
+
+    return wrapper
+
+
+counted.calls = 0
+
+
+class Prints(Net):
+    def forward(self, x):
+        print("forward")
+        return F.relu(self.conv1(x))
+
+
+class Warns(Net):
+    def forward(self, x):
+        warnings.warn("forward", stacklevel=1)
+        return F.relu(self.conv1(x))
+
+
+class Logs(Net):
+    def forward(self, x):
+        logging.getLogger("fastcls.test").warning("forward")
+        return F.relu(self.conv1(x))
+
+
+class Appends(Net):
+    def forward(self, x):
+        DONE.append("forward")
+        return F.relu(self.conv1(x))
+
+
+class Counted(Net):
+    @counted
+    def forward(self, x):
+        return F.relu(self.conv1(x))
+
+
+@pytest.mark.filterwarnings("ignore:forward")
+@pytest.mark.parametrize("cls", [Prints, Warns, Logs, Appends, Counted])
+def test_what_forward_does_besides(cls, capsys, caplog):
+    fused, x = fuse(made(cls)), torch.randn(2, 3, 12, 12)
+    caplog.clear(), DONE.clear(), capsys.readouterr()
+    calls = counted.calls
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fused(x)
+    done = [capsys.readouterr().out, warned, caplog.records, DONE, counted.calls - calls]
+    assert sum(map(bool, done)) == 1
 
 
 class Keeps(Net):

@@ -2,20 +2,17 @@
 
 import builtins
 import contextlib
-import enum
-import functools
 import inspect
 import pickle
 import random
 import sys
-import types
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcls.fusing.code import is_users
+from fastcls.fusing.code import FUNCTIONS, NO_SETTINGS, is_constant, is_users
 
 
 class CannotTrace(Exception):
@@ -154,17 +151,6 @@ def _holds_the_same(a, b):
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
-# What a trace need not watch: it is in the graph, or is called.
-_FUNCTIONS = (
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.ModuleType,
-    functools.partial,
-)
-_NO_SETTINGS = (nn.Module, torch.Tensor, type, *_FUNCTIONS)
-# Values that are what they are as long as the attribute is.
-_CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @contextlib.contextmanager
@@ -174,18 +160,23 @@ def recording_reads(owner, watch):
 
     def note(module, name, value):
         own = name in object.__getattribute__(module, "__dict__")
-        if name in _MODULE_ATTRIBUTES or isinstance(value, _NO_SETTINGS):
+        is_choice = own and isinstance(value, FUNCTIONS)  # self.act = F.relu
+        if name in _MODULE_ATTRIBUTES or (isinstance(value, NO_SETTINGS) and not is_choice):
             return
         if type(value) in PROXIES or _is_computed(type(module), name, own):
             return
         if id(module) != itself:
             watch.unsure = f"forward reads {name} of another module"
-        elif _is_constant(value):
+        elif is_choice or is_constant(value):
             watch.reads.add(name)
-        elif isinstance(value, list) and _is_constant(tuple(value)):
+        elif isinstance(value, list) and is_constant(tuple(value)):
             watch.fixed = f"forward reads {name}, a list"
         else:
             watch.unsure = f"forward reads {name}, a {type(value).__name__}"
+
+    def note_setting(module, name):
+        if id(module) != itself:  # its own are put back, and a new forward is not written
+            watch.refuse(f"forward sets {name} of another module")
 
     watched, changed = {}, []
     try:
@@ -194,7 +185,7 @@ def recording_reads(owner, watch):
                 continue
             cls = type(module)
             if cls not in watched:
-                watched[cls] = _watched_class(cls, note)
+                watched[cls] = _watched_class(cls, note, note_setting)
             changed.append((module, cls))
             object.__setattr__(module, "__class__", watched[cls])
         yield
@@ -203,24 +194,23 @@ def recording_reads(owner, watch):
             object.__setattr__(module, "__class__", cls)
 
 
-def _watched_class(cls, note):
+def _watched_class(cls, note, note_setting):
     def __getattribute__(self, name):
         value = cls.__getattribute__(self, name)
         note(self, name, value)
         return value
 
-    return type(cls.__name__, (cls,), {"__getattribute__": __getattribute__})
+    def __setattr__(self, name, value):
+        note_setting(self, name)
+        cls.__setattr__(self, name, value)
+
+    members = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+    return type(cls.__name__, (cls,), members)
 
 
 def _is_computed(cls, name, own):
     """Is it a property, say, which reads other attributes itself?"""
     return not own and hasattr(inspect.getattr_static(cls, name, None), "__get__")
-
-
-def _is_constant(value):
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (*_CONSTANTS, enum.Enum))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fastcls.fusing.code import recording_code, unanswered
+from fastcls.fusing.code import effect, recording_code, setting, unanswered
 from fastcls.fusing.noticing import (
     PROXIES,
     CannotTrace,
@@ -224,6 +224,9 @@ def _trace(owner, path, defaults=None, *, say_tensor=True):
     for node in kept:
         node.meta[KEPT] = True
         watch.fixed = "forward keeps tensors"
+    if hasattr(type(owner).forward, "__wrapped__"):
+        watch.fixed = "forward is decorated"
+    watch.fixed, watch.unsure = watch.fixed or effect(ran), watch.unsure or setting(ran)
     if isinstance(owner, fx.GraphModule):
         watch.fixed = "it is a torch.fx.GraphModule"
     for node in graph.nodes:
