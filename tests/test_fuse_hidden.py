@@ -1112,6 +1112,27 @@ def test_logits_that_are_overwritten(how, compiled):
     assert_same_numbers(fused, native, shape=(4, 6))
 
 
+# ------------------------------------------------------------------------------- other tracers
+
+
+def test_torch_fx_traces_the_unfused_model_and_fuse_takes_that():
+    native = layers(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    fused = fuse(native)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(fused)
+    traced = fuse(torch.fx.symbolic_trace(unfuse(fused)))
+    assert len(fusion_report(traced).fused) == 1
+    assert_same_numbers(traced, native)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace_keeps_gradients():
+    native, x = layers(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(2, 3, 12, 12)
+    assert_same_numbers(torch.jit.trace(fuse(native), x, check_trace=False), native)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(fuse(native), x)(x), native(x))
+
+
 # ------------------------------------------------------------------------------- parametrizations
 
 

@@ -11,6 +11,7 @@ from helpers import assert_same
 from torch import nn
 
 from fastcls import FusedConvBlock, FusedCrossEntropyLoss
+from fastcls.functional import conv_block
 from fastcls.reference import NativeConvBlock
 
 BY_NAME = {c.name: c for c in CORNERS + REFERENCE}
@@ -378,3 +379,20 @@ def test_loss_state_and_copies(duplicate, arguments):
     twin = duplicate(fused)
     x, target = torch.randn(8, 10), torch.arange(8)
     assert_same(twin(x, target), fused(x, target), "copy")
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_torch_fx_traces_a_block_as_one_call(padding_mode):
+    net = nn.Sequential(
+        FusedConvBlock(3, 4, 3, padding=1, padding_mode=padding_mode), FusedConvBlock(4, 4, 3)
+    )
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(net)))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert [t for t in targets if t is not nn.functional.pad] == [conv_block] * 2
+    assert_same_numbers(traced, net, torch.randn(2, 3, 9, 9))
+
+
+def test_torch_fx_traces_a_loss_as_one_call():
+    loss, logits, target = FusedCrossEntropyLoss(torch.rand(5)), torch.randn(4, 5), torch.arange(4)
+    traced = torch.fx.symbolic_trace(loss)
+    assert_same(traced(logits, target), loss(logits, target), "loss")
