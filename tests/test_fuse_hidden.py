@@ -1078,6 +1078,26 @@ def test_a_batch_norm_in_another_forward_than_the_convolution():
     assert_same_numbers(fuse(native), native)
 
 
+class Augmented(Net):
+    """``x += 1`` for a view, an attribute of a tensor and a number."""
+
+    def forward(self, x):
+        x = x * 1
+        view, transposed, n = x.view(-1), x.mT, x.shape[0]
+        m = n
+        m += 1
+        view += n
+        transposed *= m
+        return F.relu(self.conv1(x))
+
+
+def test_augmented_assignments_reach_what_shares_memory():
+    native = made(Augmented)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
+
+
 class Overwrites(nn.Module):
     def __init__(self, how):
         super().__init__()

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import inspect
+import operator
 import pickle
 import random
 import sys
@@ -37,8 +38,39 @@ class Watch:
 # ---- tensors and what stands for them
 
 
-class Proxy(fx.Proxy):
+class _InPlace:
+    """``x += 1`` is a call, since fx knows ``x = x + 1`` only, which leaves aliases of x alone."""
+
+
+def _add_in_place(name):
+    operation = getattr(operator, name)
+
+    def function(value, other):  # not operator's, which fx writes as a statement that rebinds x
+        return operation(value, other)
+
+    def method(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    function.__name__ = function.__qualname__ = name
+    globals()[name] = function  # where a new forward imports it from
+    setattr(_InPlace, f"__{name}__", method)
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+    _add_in_place(f"i{_name}")
+for _name in ("and", "or", "xor", "lshift", "rshift"):
+    _add_in_place(f"i{_name}")
+
+
+class Attribute(_InPlace, fx.proxy.Attribute):
+    pass
+
+
+class Proxy(_InPlace, fx.Proxy):
     """One whose attributes cannot be set: they would be lost."""
+
+    def __getattr__(self, name):
+        return Attribute(self, name)
 
     def __setattr__(self, name, value):
         if name not in ("node", "tracer"):
@@ -49,7 +81,7 @@ class Proxy(fx.Proxy):
         self.tracer.watch.refuse("forward asks how long something is that it is given")
 
 
-PROXIES = (fx.Proxy, Proxy, fx.proxy.Attribute)
+PROXIES = (fx.Proxy, Proxy, fx.proxy.Attribute, Attribute)
 
 
 class RefusingWrites(TorchDispatchMode):
