@@ -276,8 +276,9 @@ def stages(maps: dict[str, torch.Tensor], channels: list[str], file: Path) -> No
     """
     height, width = next(iter(maps.values())).shape[1:]
     low, high = _range(list(maps.values()))
-    size = (4.2 * len(maps), len(channels) * (3.7 * height / width + 0.1))
-    figure = Figure(figsize=size, layout="constrained")
+    size = (1.3 + 4.2 * len(maps), len(channels) * (3.7 * height / width + 0.1))
+    # "constrained" cuts the names of the rows off.
+    figure = Figure(figsize=size, layout="compressed")
     cells = figure.subplots(len(channels), len(maps), squeeze=False)
     for column, (stage, images) in enumerate(maps.items()):
         for row, channel in enumerate(channels):
@@ -287,16 +288,23 @@ def stages(maps: dict[str, torch.Tensor], channels: list[str], file: Path) -> No
             if row == 0:
                 axes.set_title(f"{stage}, {images.shape[2]} x {images.shape[1]}")
             if column == 0:
-                axes.set_ylabel(channel)
+                axes.set_ylabel(channel, rotation=0, ha="right", va="center")
     figure.colorbar(shown, ax=cells, shrink=0.5)
     _save(figure, file)
 
 
 def _range(maps: list[torch.Tensor]) -> tuple[float, float]:
-    """The range of all but the brightest and darkest 1 %, which would leave the rest grey."""
+    """The range of all but the brightest and darkest 1 %, which would leave the rest grey.
+
+    In a drawing that 1 % may be all there is beside the paper, and then it counts.
+    """
     values = torch.cat([m.flatten() for m in maps])
-    lowest, highest = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.01, 0.99))
-    return lowest.item(), highest.item()
+    paper, bounds = values.median(), []
+    for share, end in ((0.01, values.min()), (0.99, values.max())):
+        bound = values.kthvalue(max(1, round(share * len(values)))).values
+        only_paper = (bound - paper).abs() <= 0.01 * (end - paper).abs()  # rounding tints paper
+        bounds.append((end if only_paper else bound).item())
+    return tuple(bounds)
 
 
 def comparison(losses: dict[str, list[float]], ratios: list[list[float]], file: Path) -> None:

@@ -10,12 +10,13 @@ from fastcls import recipes
 from fastcls.cli import main
 from fastcls.compare import Side, clock_name, take_turns
 from fastcls.data import digits
-from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, filter_photo
+from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, draw, filter_photo
 from fastcls.predict import Predictor
 from fastcls.runs import read_records, run
 from fastcls.train import Trainer
 
 Image = pytest.importorskip("PIL.Image")
+np = pytest.importorskip("numpy")
 for extra in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(extra)
 
@@ -115,6 +116,37 @@ def test_filters_draws_four_pictures(mode, tmp_path, capsys):
     assert sorted(printed) == sorted(str(file) for file in out.iterdir())
     assert len(printed) == 4
     assert all(file.read_bytes().startswith(PNG) for file in out.iterdir())
+
+
+def pixels_of(file):
+    return np.asarray(Image.open(file).convert("L"))
+
+
+@pytest.mark.parametrize("size", [(128, 72), (72, 128), (300, 40)])
+def test_no_text_of_the_filters_pictures_is_cut_off(size, tmp_path):
+    Image.new("L", size).save(tmp_path / "photo.png")
+    for file in draw(tmp_path / "photo.png", tmp_path / "out"):
+        picture = pixels_of(file)
+        for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+            assert edge.min() == 255, file
+
+
+@pytest.mark.parametrize("paper", [1.0, 200 / 255])
+def test_maps_of_a_drawing_show_its_few_edges(paper, tmp_path):
+    drawing = torch.full((280, 280), paper)
+    drawing[40:240, 125:155] = 0  # edges are less than 1 % of the map
+    edges = filter_photo(drawing)["Sobel x"]
+    plots.maps({"Sobel x": edges}, tmp_path / "maps.png")
+    assert len(np.unique(pixels_of(tmp_path / "maps.png"))) > 2  # black, grey and white
+    assert plots._range([edges]) == (edges.min().item(), edges.max().item())
+    flat = edges + 1e-7 * torch.rand(edges.shape)  # as rounding leaves it
+    assert plots._range([flat]) == (flat.min().item(), flat.max().item())
+
+
+def test_range_keeps_both_signs_where_one_is_rare():
+    values = torch.zeros(1000)
+    values[:5], values[5:25] = -2, 3
+    assert plots._range([values]) == (-2, 3)
 
 
 def test_filters_need_a_photo_of_their_size(tmp_path, capsys):
