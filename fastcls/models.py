@@ -26,7 +26,9 @@ class Layers(NamedTuple):
 
 
 def _native_cross_entropy_with_hits(logits, labels, **options):
-    hits = (logits.detach().argmax(1) == labels).sum()
+    greatest, predicted = logits.detach().max(1)
+    # As fused, a row with NaN is no hit: nothing equals its maximum.
+    hits = ((predicted == labels) & (greatest == greatest)).sum()
     return nn.functional.cross_entropy(logits, labels, **options), hits
 
 

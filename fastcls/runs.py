@@ -378,6 +378,7 @@ def _conclude(trainer: Trainer, folder: RunFolder) -> None:
     from fastcls import plots  # matplotlib takes its time
 
     best, classes = trainer.best_epoch(), trainer.data.classes
+    titles = [*classes, "NaN"]  # of predictions, where there are none too
     trainer.model.load_state_dict(load_checkpoint(folder.best, trainer.device)["model"])
     test = trainer.data.test.to(trainer.device)  # all of it in this process
     outcome = Outcome(*trainer.predict(test), trainer.data.train.labels, classes)
@@ -386,10 +387,10 @@ def _conclude(trainer: Trainer, folder: RunFolder) -> None:
     plots.curves(trainer.history, losses, folder.path / "curves.png")
     images, truth = test.first(20)
     predicted = outcome.predicted[:20]
-    plots.predictions(images, truth, predicted, classes, folder.path / "predictions.png")
+    plots.predictions(images, truth, predicted, titles, folder.path / "predictions.png")
     if strip := getattr(recipes.get(trainer.recipe), "STRIP", 0):
         part = (t[:strip] for t in (images, truth, predicted))
-        plots.strip(*part, classes, folder.path / "strip.png")
+        plots.strip(*part, titles, folder.path / "strip.png")
     plots.confusion(outcome.confusion(), classes, folder.path / "confusion.png")
     plots.class_accuracy(outcome.per_class(), folder.path / "classes.png")
     chosen_by = "validation" if trainer.data.val is not None else "test"

@@ -47,22 +47,34 @@ class Outcome:
 
     @cached_property
     def predicted(self) -> torch.Tensor:
-        return self.logits.argmax(1)
+        """int64 [N]; ``len(classes)``, which is no class, where a logit is NaN."""
+        return self.logits.argmax(1).masked_fill(self.logits.isnan().any(1), len(self.classes))
 
     def confusion(self) -> torch.Tensor:
-        """int64 [true class, predicted class]: images."""
+        """int64 [true class, predicted class]: images, without those that have no prediction."""
         n = len(self.classes)
-        return torch.bincount(self.labels * n + self.predicted, minlength=n * n).view(n, n)
+        counts = torch.bincount(self.labels * (n + 1) + self.predicted, minlength=n * (n + 1))
+        return counts.view(n, n + 1)[:, :n]
 
     def per_class(self) -> list[ClassFigures]:
-        counts = self.confusion()
-        trained = torch.bincount(self.train_labels, minlength=len(self.classes))
-        figures = (trained.tolist(), counts.sum(1).tolist(), counts.diagonal().tolist())
+        trained, tested = (
+            torch.bincount(labels, minlength=len(self.classes)).tolist()
+            for labels in (self.train_labels, self.labels)
+        )
+        figures = (trained, tested, self.confusion().diagonal().tolist())
         return [ClassFigures(*row) for row in zip(self.classes, *figures, strict=True)]
 
     def top(self, k: int) -> int:
-        """Images whose class is among the k likeliest."""
-        return (self.logits.topk(k).indices == self.labels.unsqueeze(1)).sum().item()
+        """Images whose class is among the k likeliest; of equal logits the first come first.
+
+        Not by ``topk``, whose order of equal logits is another than that of ``argmax``.
+        """
+        place = self.labels.unsqueeze(1)
+        own = self.logits.gather(1, place)
+        earlier = torch.arange(len(self.classes)) < place
+        ahead = (self.logits > own) | (self.logits == own) & earlier
+        known = self.predicted < len(self.classes)
+        return ((ahead.sum(1) < k) & known).sum().item()
 
     def figures(self) -> dict:
         """Loss, accuracy, top-5 where there are many classes, and accuracy per class."""

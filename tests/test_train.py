@@ -15,7 +15,9 @@ from recipe_helpers import SPEEDS, assert_same_numbers, run_child
 from fastcls import recipes, runs
 from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
+from fastcls.models import LAYERS
 from fastcls.runs import RunFolder, read_records, run
+from fastcls.summary import Outcome
 from fastcls.train import Trainer
 
 pytest.importorskip("matplotlib")
@@ -238,6 +240,25 @@ def test_summary_is_of_the_best_model(whole):
     assert sum(c["trained"] for c in classes) == 1437
     assert sum(c["tested"] for c in classes) == 360
     assert sum(c["right"] for c in classes) == round(360 * best["test_accuracy"])
+
+
+def test_right_predictions_are_counted_by_one_rule():
+    """Of equal logits, of which bfloat16 has many, the first class counts; with a NaN none does."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 25, generator=generator).round()
+    labels = torch.arange(300) % 25
+    logits[:100].scatter_(1, labels[:100, None], 2)  # among the greatest, not the first of them
+    logits[:20] = math.nan
+    outcome = Outcome(logits, labels, labels, [str(i) for i in range(25)])
+    order = logits[20:].sort(dim=1, descending=True, stable=True).indices
+    for k in (1, 5):
+        assert outcome.top(k) == (order[:, :k] == labels[20:, None]).sum()
+    hits = [LAYERS[name].cross_entropy_with_hits(logits, labels)[1].item() for name in LAYER_NAMES]
+    assert hits == [outcome.top(1)] * 2
+    classes = outcome.per_class()
+    assert sum(c.right for c in classes) == outcome.top(1)
+    assert [c.tested for c in classes] == [12] * 25
+    assert outcome.confusion().sum() == 280
 
 
 def test_patience_stops_early_and_restores_the_best_weights(tmp_path, capsys):
