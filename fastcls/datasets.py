@@ -47,10 +47,24 @@ def torchvision_set(name: str, root: Path) -> tuple[ImageSet, ImageSet, list[str
             )
     parts = [dataset(root, train=train) for train in (True, False)]
     classes = [name.partition(" - ")[0] for name in parts[0].classes]  # MNIST has "7 - seven"
-    for part in parts:
-        if not all(0 <= label < len(classes) for label in torch.as_tensor(part.targets).unique()):
-            raise UserError(f"{name} in {root} is damaged: a label is none of its classes")
-    return *(_image_set(part) for part in parts), classes
+    train, test = map(_image_set, parts)
+    for part, use in ((train, "train"), (test, "test")):
+        if reason := _contradiction(part, len(classes)):
+            raise UserError(
+                f"{name} in {root} is damaged: {reason} to {use} with; remove its files and run "
+                "again to download it, or pass another --data DIR"
+            )
+    return train, test, classes
+
+
+def _contradiction(part: ImageSet, classes: int) -> str | None:
+    """What does not go together in files of which each is whole, or None."""
+    images, labels = map(len, part)
+    if images != labels:
+        return f"{images} images and {labels} labels"
+    if not all(0 <= label < classes for label in part.labels.unique()):
+        return "a label that is none of its classes is among those"
+    return None
 
 
 def _files(dataset: type, root: Path) -> list[Path]:
@@ -71,9 +85,13 @@ def _damage(dataset: type, file: Path) -> str | None:
             sizes = opened.read(4 * head[3]) if len(head) == 4 else b""
         if len(head) < 4 or head[:3] != b"\0\0\x08" or len(sizes) < 4 * head[3]:
             return "no idx file of bytes"
-        expected = 4 + len(sizes) + math.prod(struct.unpack(f">{head[3]}I", sizes))
+        shape = struct.unpack(f">{head[3]}I", sizes)
+        expected = 4 + len(sizes) + math.prod(shape)
         size = file.stat().st_size
-        return None if size == expected else f"{size} bytes, expected {expected}"
+        if size != expected:
+            return f"{size} bytes, expected {expected}"
+        kind, rest = ("images", (28, 28)) if "idx3" in file.name else ("labels", ())
+        return None if any(shape[:1]) and shape[1:] == rest else f"no {kind} of this data set"
     check = import_extra("torchvision.datasets.utils").check_integrity
     sums = dict(dataset.train_list + dataset.test_list)
     sums[dataset.meta["filename"]] = dataset.meta["md5"]

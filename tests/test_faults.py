@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import struct
 
 import pytest
 import torch
@@ -184,7 +185,38 @@ def test_labels_outside_the_classes_are_damage(tmp_path):
     write_mnist(tmp_path)
     file = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     file.write_bytes(file.read_bytes()[:-1] + b"\x0a")
-    with pytest.raises(UserError, match=r"MNIST in .* is damaged: a label is none of its classes"):
+    with pytest.raises(UserError, match=r"MNIST in .* is damaged: a label that is none of its"):
+        torchvision_set("MNIST", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "copied, over, message",
+    [
+        ("t10k-labels-idx1", "train-labels-idx1", "6 images and 4 labels to train with"),
+        ("t10k-images-idx3", "train-images-idx3", "4 images and 6 labels to train with"),
+        ("train-labels-idx1", "t10k-labels-idx1", "4 images and 6 labels to test with"),
+        ("train-labels-idx1", "train-images-idx3", r"train-images-idx3-ubyte \(no images of"),
+        ("train-images-idx3", "train-labels-idx1", r"train-labels-idx1-ubyte \(no labels of"),
+    ],
+)
+def test_files_in_each_others_places_are_damage(copied, over, message, tmp_path):
+    """Each of them is whole."""
+    write_mnist(tmp_path / "more")
+    write_mnist(tmp_path, 4)
+    raw, more = (root / "MNIST" / "raw" for root in (tmp_path, tmp_path / "more"))
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        shutil.copy(more / name, raw)
+    shutil.copy(raw / f"{copied}-ubyte", raw / f"{over}-ubyte")
+    with pytest.raises(UserError, match=f"MNIST in .* is damaged: {message}"):
+        torchvision_set("MNIST", tmp_path)
+
+
+@pytest.mark.parametrize("size, count", [(27, 3), (28, 0)])
+def test_images_of_another_size_or_none_at_all(size, count, tmp_path):
+    write_mnist(tmp_path, count)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(struct.pack(">4i", 0x803, count, size, size) + bytes(count * size * size))
+    with pytest.raises(UserError, match=rf"damaged: {file.name} \(no images of this data set"):
         torchvision_set("MNIST", tmp_path)
 
 
