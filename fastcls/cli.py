@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
     predict.add_argument("images", metavar="IMAGE", nargs="+")
     predict.add_argument("--out", metavar="FILE", default="predict.png", help="the picture")
+    predict.add_argument(
+        "--invert", action="store_true", help="swap black and white: MNIST is white on black"
+    )
     predict.add_argument("--device", default="auto", help=DEVICES)
 
     filters = commands.add_parser("filters", help="draw what small filters make of a photo")
@@ -205,6 +208,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.checkpoint,
         options.images,
         options.out,
+        invert=options.invert,
         device=pick_device(options.device, "fused"),
     )
     return 0

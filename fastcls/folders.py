@@ -15,7 +15,8 @@ from fastcls.errors import UserError, import_extra
 def open_image(file: str | os.PathLike, draft: bool = False):
     """An image of Pillow, decoded and upright; ``draft`` makes it small where that is faster.
 
-    Grey levels of 16 bits become 8 bits; Pillow's own conversion would cut them off at 255.
+    Grey levels of 16 bits become 8 bits; Pillow's own conversion would cut them off at 255. What is
+    transparent lies on white.
 
     Raises:
         UserError: the file is absent, no image, damaged, or its values have no known range (32-bit
@@ -30,9 +31,20 @@ def open_image(file: str | os.PathLike, draft: bool = False):
                 raise ValueError(f"its values (mode {image.mode}) have no known range; save 8 bits")
             if image.mode.startswith("I;16"):
                 image = image.point(lambda value: value * (1 / 257)).convert("L")
-            return import_extra("PIL.ImageOps").exif_transpose(image)  # as a viewer shows it
+                image.info.pop("transparency", None)  # a level of 16 bits
+            image = import_extra("PIL.ImageOps").exif_transpose(image)  # as a viewer shows it
+            clear = "A" in image.getbands() or "transparency" in image.info
+            return _on_white(image) if clear else image
     except Exception as error:  # Pillow raises whatever its decoders trip over
         raise UserError(f"image {Path(file)} cannot be read: {error}") from error
+
+
+def _on_white(image):
+    """Pillow's own conversion would show what lies under the transparency, which is often black."""
+    image = image.convert("RGBA")
+    paper = import_extra("PIL.Image").new("RGBA", image.size, "white")
+    paper.alpha_composite(image)
+    return paper.convert("RGB")
 
 
 def check_images(files: list[str]) -> None:

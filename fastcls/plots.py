@@ -214,19 +214,30 @@ def _label_shifts(places: list[tuple[float, float]]) -> list[float]:
     return shifts
 
 
-def guesses(photos: list, best: list[list[tuple[str, float]]], file: Path) -> None:
-    """Each photo beside bars of its likeliest classes.
+def guesses(
+    photos: list, inputs: torch.Tensor, best: list[list[tuple[str, float]]], file: Path
+) -> None:
+    """Each photo, what the model got of it, and bars of its likeliest classes.
 
     Args:
-        photos: images of Pillow.
+        photos: N images of Pillow.
+        inputs: uint8 [N, C, H, W], C = 1 (grey) or 3.
         best: per photo, (class, probability) from the likeliest down.
         file: where the PNG goes.
     """
-    figure = Figure(figsize=(8, 2.6 * len(photos)), layout="constrained")
-    rows = figure.subplots(len(photos), 2, squeeze=False, width_ratios=[1, 1.6])
-    for (left, right), photo, classes in zip(rows, photos, best, strict=True):
+    figure = Figure(figsize=(10.5, 2.6 * len(photos) + 0.2), layout="constrained")
+    rows = figure.subplots(len(photos), 3, squeeze=False, width_ratios=[1, 1, 1.6])
+    for axes, title in zip(rows[0], ("image", "input of the model"), strict=False):
+        axes.set_title(title)
+    for (left, middle, right), photo, image, classes in zip(
+        rows, photos, inputs, best, strict=True
+    ):
         left.imshow(photo.convert("RGB"))
-        left.set_axis_off()
+        left.set(xticks=[], yticks=[])
+        _show(middle, image)
+        for axes in (left, middle):  # a frame shows where white paper ends
+            axes.set_frame_on(True)
+            axes.spines[:].set_color("lightgray")
         names, values = zip(*classes, strict=True)
         places = range(len(names))
         bars = right.barh(places, values, color=COLOURS["train"])

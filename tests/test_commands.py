@@ -37,6 +37,10 @@ def error_of(capsys, *arguments):
     return capsys.readouterr().err
 
 
+def pixels_of(file):
+    return np.asarray(Image.open(file).convert("L"))
+
+
 @pytest.mark.parametrize("layers", ["fused", "native"])
 def test_predictor_has_the_accuracy_of_the_run(layers, folder):
     _, test, _ = digits()
@@ -65,6 +69,34 @@ def test_predict_prints_and_draws(folder, tmp_path, capsys):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_predict_tells_of_dark_on_light_and_inverts(folder, tmp_path, capsys):
+    _, test, _ = digits()
+    files = [str(tmp_path / name) for name in ("light.png", "dark.png")]
+    for file, image in zip(files, (test.images[0, 0], 255 - test.images[0, 0]), strict=True):
+        Image.fromarray(image.numpy()).save(file)
+    command = ["predict", str(folder / "best.pt"), "--out", str(tmp_path / "top.png")]
+    assert main([*command, *files]) == 0
+    plain = capsys.readouterr()
+    assert "light on dark and got dark on light of" in plain.err
+    assert files[1] in plain.err and files[0] not in plain.err and "with --invert" in plain.err
+    assert main([*command, files[1], "--invert"]) == 0
+    inverted = capsys.readouterr()
+    assert inverted.out.splitlines()[1:6] == plain.out.splitlines()[1:6]
+    assert inverted.err == ""
+    assert main([*command, files[0], "--invert"]) == 0
+    assert "without --invert" in capsys.readouterr().err
+
+
+def test_the_picture_of_guesses_shows_what_the_model_gets(tmp_path):
+    file, pictures = tmp_path / "guesses.png", []
+    for value in (0, 255):
+        x = torch.full((1, 1, 8, 8), value, dtype=torch.uint8)
+        plots.guesses([Image.new("L", (8, 8))], x, [[("a", 1.0)]], file)
+        pictures.append(pixels_of(file) == 0)
+    black, white = (picture.sum() for picture in pictures)
+    assert black > 1.8 * white  # the input is as large as the image
+
+
 def test_predict_names_what_it_cannot_read(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image, text = tmp_path / "image.png", tmp_path / "text.pt"
@@ -82,7 +114,8 @@ def test_predict_names_what_it_cannot_read(folder, tmp_path, capsys, monkeypatch
 
 def test_dollar_signs_in_class_names(tmp_path):
     file = tmp_path / "names.png"
-    plots.guesses([Image.new("L", (8, 8))], [[("a$_x^$", 0.75), ("$", 0.25)]], file)
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    plots.guesses([Image.new("L", (8, 8))], x, [[("a$_x^$", 0.75), ("$", 0.25)]], file)
     assert file.read_bytes().startswith(PNG)
 
 
@@ -116,10 +149,6 @@ def test_filters_draws_four_pictures(mode, tmp_path, capsys):
     assert sorted(printed) == sorted(str(file) for file in out.iterdir())
     assert len(printed) == 4
     assert all(file.read_bytes().startswith(PNG) for file in out.iterdir())
-
-
-def pixels_of(file):
-    return np.asarray(Image.open(file).convert("L"))
 
 
 @pytest.mark.parametrize("size", [(128, 72), (72, 128), (300, 40)])

@@ -137,6 +137,18 @@ def test_sixteen_bits_become_eight(tmp_path):
             open_image(file)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_lies_on_white(mode, tmp_path):
+    pixels = np.zeros((2, 2, 4), dtype=np.uint8)
+    pixels[0] = 30, 30, 30, 255  # a row of grey ink over one of transparent black
+    image, key = Image.fromarray(pixels).convert(mode), {}
+    if mode in ("P", "L"):  # one level stands for what is transparent
+        key = {"transparency": image.getpixel((0, 1))}
+    image.save(tmp_path / "clear.png", **key)
+    got = np.asarray(open_image(tmp_path / "clear.png").convert("RGB"))
+    assert (got == np.array([[[30]], [[255]]])).all()
+
+
 def test_too_few_photos_for_three_parts(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
