@@ -218,7 +218,8 @@ def run(
     config = configure(recipe, folder, resume, changes)
     loaded = _load_in_turn(module, config, data_root(data), share)
     say = print if share.rank == 0 else lambda text: None
-    finished = _run(Trainer(module, config, loaded, device, share, say), folder, tensorboard)
+    begun = folder.holds_results()
+    finished = _run(Trainer(module, config, loaded, device, share, say, begun), folder, tensorboard)
     distributed.leave()
     return finished
 

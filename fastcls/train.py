@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType
 
 import torch
@@ -26,6 +26,8 @@ class Trainer:
         device: where the model goes.
         share: the part of each batch that this process takes; default all of it.
         tell: told in a sentence what the user should know of; default ``print``.
+        resumed: ``load_state_dict`` follows: the weights a run begins with need not be there any
+            more. Default False.
 
     Attributes:
         epoch: epochs finished.
@@ -41,6 +43,7 @@ class Trainer:
         device: torch.device,
         share: Share = ALONE,
         tell: Callable[[str], None] = print,
+        resumed: bool = False,
     ):
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -50,7 +53,8 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
-        model = recipe.build_model(config, len(data.classes))
+        first = {"weights": "none"} if resumed and hasattr(config, "weights") else {}
+        model = recipe.build_model(replace(config, **first), len(data.classes))
         self.model = model.to(device, memory_format=self.memory_format)
         self._trained, self._batch = self.model, None
         if share.world > 1:

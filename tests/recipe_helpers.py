@@ -27,6 +27,19 @@ def write_mnist(root, n=6):
     return pixels, labels
 
 
+class SmallVgg(torch.nn.Module):
+    """The parts of torchvision's VGG-16, with few channels."""
+
+    def __init__(self, weights=None, init_weights=True):
+        super().__init__()
+        nn = torch.nn
+        chain = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.Conv2d(4, 4, 3, padding=1)]
+        self.features = nn.Sequential(*chain, nn.ReLU(True), nn.MaxPool2d(2, 2))
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        hidden = [nn.Linear(16, 4096), nn.ReLU(True), nn.Dropout(0.5)]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(4096, 1000))
+
+
 def run_child(*arguments, **environment):
     """Python with these arguments in a process of its own, and the package that is tested here."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recipe_helpers import SmallVgg
 
 from fastcls.errors import UserError
 from fastcls.models import (
@@ -90,19 +91,6 @@ def test_softmax_regression_starts_near_nothing():
     model = SoftmaxRegression()
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert not model.fc.bias.any()
-
-
-class SmallVgg(torch.nn.Module):
-    """The parts of torchvision's VGG-16, with few channels."""
-
-    def __init__(self, weights=None, init_weights=True):
-        super().__init__()
-        nn = torch.nn
-        chain = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.Conv2d(4, 4, 3, padding=1)]
-        self.features = nn.Sequential(*chain, nn.ReLU(True), nn.MaxPool2d(2, 2))
-        self.avgpool = nn.AdaptiveAvgPool2d(2)
-        hidden = [nn.Linear(16, 4096), nn.ReLU(True), nn.Dropout(0.5)]
-        self.classifier = nn.Sequential(*hidden, nn.Linear(4096, 1000))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_helpers import SPEEDS, assert_same_numbers, run_child
+from recipe_helpers import SPEEDS, SmallVgg, assert_same_numbers, run_child
 
 from fastcls import recipes, runs
 from fastcls.config import OPTIMIZERS, SCHEDULES
@@ -20,6 +20,7 @@ from fastcls.runs import RunFolder, read_records, run
 from fastcls.summary import Outcome
 from fastcls.train import Trainer
 
+Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -452,6 +453,27 @@ def test_resume_before_the_first_checkpoint(whole, tmp_path):
     folder.write_config("digits", recipes.get("digits").Config(**BRIEF))
     assert run("digits", folder.path, resume=True)
     assert_same_numbers(folder.path, whole)
+
+
+def test_resume_needs_no_first_weights(tmp_path, monkeypatch):
+    """They are in the checkpoint; their file may be gone, or was named from another folder."""
+    monkeypatch.setattr(pytest.importorskip("torchvision.models"), "vgg16", SmallVgg)
+    photos = tmp_path / "caltech101" / "101_ObjectCategories"
+    for name in ("ant", "bee"):
+        (photos / name).mkdir(parents=True)
+        for i in range(4):
+            image = torch.randint(256, (40, 40, 3), dtype=torch.uint8)
+            Image.fromarray(image.numpy()).save(photos / name / f"{i}.png")
+    weights = tmp_path / "vgg.pt"
+    torch.save(SmallVgg().state_dict(), weights)
+    changes = {"batch_size": 2, "weights": str(weights), "workers": 0, "data": tmp_path}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for out, epochs in zip((whole, resumed), (2, 1), strict=True):
+        assert run("caltech-transfer", out, epochs=epochs, **changes)
+    weights.rename(tmp_path / "moved.pt")
+    assert run("caltech-transfer", resumed, epochs=2, resume=True, data=tmp_path)
+    assert_same_numbers(whole, resumed)
+    assert json.loads((resumed / "config.json").read_text())["weights"] == str(weights)
 
 
 def test_resume_may_train_longer(tmp_path):
