@@ -11,6 +11,9 @@ from fastcls.config import Config
 from fastcls.data import Batches, Data, ImageSet, Input, shares_of, to_floats
 from fastcls.errors import UserError, import_extra
 
+# Folders of these names hold class folders of their own, and are no classes.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
 
 def open_image(file: str | os.PathLike, draft: bool = False):
     """An image of Pillow, decoded and upright; ``draft`` makes it small where that is faster.
@@ -146,6 +149,30 @@ class FolderBatches(Batches):
         return ImageSet(torch.stack(images), self.labels[:count])
 
 
+def _image_folder(folder: Path):
+    """torchvision's ``ImageFolder`` of two classes or more."""
+    mend = (
+        "Point --data or FASTCLS_DATA at a folder of class folders, or at one that holds "
+        "torchvision's caltech101/101_ObjectCategories"
+    )
+    try:
+        found = import_extra("torchvision.datasets").ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"{folder} must hold a folder of images for each class: {reason}. {mend}"
+        ) from error
+    names = ", ".join(found.classes)
+    if len(found.classes) < 2:
+        raise UserError(f"{folder} must hold two classes or more, got {names}. {mend}")
+    if PARTS.issuperset(found.classes):
+        raise UserError(
+            f"{folder} must hold a folder of images for each class, got {names}: "
+            "put the images of a class together, the parts are drawn at random"
+        )
+    return found
+
+
 def class_folders(
     folder: Path,
     config: Config,
@@ -162,16 +189,10 @@ def class_folders(
         transform: for the training images; the others get ``input.prepare``.
 
     Raises:
-        UserError: the folder is absent or holds no class folders with images, or an image is
+        UserError: the folder is absent or holds no two class folders with images, or an image is
             damaged; the message names it.
     """
-    try:
-        found = import_extra("torchvision.datasets").ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} must hold a folder of images for each class: {error}. "
-            "Point --data or FASTCLS_DATA at the folder that holds it"
-        ) from error
+    found = _image_folder(folder)
     files, labels = map(list, zip(*found.samples, strict=True))
     check_images(files)
     parts, shares = [], shares_of(len(files), fractions, config.seed)

@@ -8,7 +8,7 @@ from fastcls.data import Input
 from fastcls.distributed import Share
 from fastcls.errors import UserError
 from fastcls.folders import FolderBatches, check_images, class_folders, open_image
-from fastcls.recipes.caltech_transfer import augmentation
+from fastcls.recipes.caltech_transfer import augmentation, load_data
 
 Image = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
@@ -157,6 +157,34 @@ def test_too_few_photos_for_three_parts(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["", "101_ObjectCategories", "caltech101/101_ObjectCategories"])
+def test_data_is_class_folders_or_torchvisions_layout(place, folder, tmp_path):
+    root = tmp_path / "data"
+    (root / place).mkdir(parents=True)
+    for name in CLASSES:
+        (folder / name).rename(root / place / name)
+    if place:
+        (root / "Annotations").mkdir()
+    settings = recipes.get("caltech-transfer").Config(workers=0)
+    assert load_data(settings, root).classes == list(CLASSES)
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere must hold a folder of images for each class"):
         load(tmp_path / "nowhere")
+    (tmp_path / "MNIST").mkdir()
+    message = r"Found no valid file for the classes MNIST.* at a folder of class folders, or at one"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [(["ant"], "two classes or more, got ant"), (["train", "val"], "for each class, got train")],
+)
+def test_folders_that_are_no_classes(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "1.png")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)

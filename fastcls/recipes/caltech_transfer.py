@@ -1,7 +1,6 @@
 """Caltech-101 with a pre-trained VGG-16 of which only a new head trains.
 
-The data set is a folder of class folders, ``caltech101/101_ObjectCategories`` below the data root;
-any other such folder of photos does as well.
+The data root is that of torchvision's Caltech101, or any folder of class folders of photos.
 """
 
 from dataclasses import dataclass
@@ -29,13 +28,21 @@ class Config(config.Config):
 
 def load_data(settings: Config, root: Path) -> Data:
     return class_folders(
-        root / "caltech101" / "101_ObjectCategories",
+        photo_folder(root),
         settings,
         IMAGENET,
         fractions=(0.5, 0.25),
         transform=augmentation(),
         workers=settings.workers,
     )
+
+
+def photo_folder(root: Path) -> Path:
+    """The folder of the class folders: torchvision's below ``root``, else ``root`` itself."""
+    if (root / "caltech101").is_dir():
+        return root / "caltech101" / "101_ObjectCategories"
+    inside = root / "101_ObjectCategories"  # where ``root`` is caltech101
+    return inside if inside.is_dir() else root
 
 
 def augmentation():
