@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 after a user error, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 2 after a user error, 130 if stopped."""
     try:
         options = parser().parse_args(argv)
         return options.command(options)
@@ -116,16 +118,39 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out DIR, the folder of the run to continue")
     set_threads(options.threads)
+    out = options.out or f"runs/{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     finished = run(
         options.recipe,
-        options.out or f"runs/{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+        out,
         data=options.data,
         device=pick_device(options.device, _layers(options)),
         resume=options.resume,
         tensorboard=options.tensorboard,
         **settings(options),
     )
+    if not finished and os.environ.get("RANK", "0") == "0":
+        print(f"continue with: {shlex.join([*_program(), *_resume_arguments(options, out)])}")
     return 0 if finished else 130
+
+
+def _program() -> list[str]:
+    """How this program was called, without its arguments."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "fastcls"]
+    script = sys.argv[0]
+    if os.path.basename(script) == "__main__.py":
+        return [sys.executable, "-m", "fastcls"]
+    by_path = os.path.basename(script) == "fastcls" and script != shutil.which("fastcls")
+    return [script if by_path else "fastcls"]
+
+
+def _resume_arguments(options: argparse.Namespace, out: str) -> list[str]:
+    """The settings are in the folder of the run; all other options are as they were given."""
+    arguments = ["train", options.recipe, "--resume", "--out", out]
+    for name, default in (("data", None), ("device", "auto"), ("threads", None)):
+        if (value := getattr(options, name)) != default:
+            arguments += [f"--{name}", str(value)]
+    return arguments + ["--tensorboard"] * options.tensorboard
 
 
 def _layers(options: argparse.Namespace) -> str:

@@ -203,7 +203,8 @@ def run(
         changes: settings that differ from the recipe's ``Config``.
 
     Returns:
-        False if Ctrl-C broke it off; everything is saved then and ``resume`` continues it.
+        False if Ctrl-C, SIGTERM or SIGHUP broke it off; everything is saved then and ``resume``
+        continues it.
 
     Raises:
         UserError: something that the user can put right.
@@ -248,9 +249,7 @@ def _run(trainer: Trainer, folder: RunFolder, tensorboard: bool) -> bool:
     if writes and finished:
         _conclude(trainer, folder)
     elif writes:
-        print(
-            f"stopped and saved; continue with: fastcls train {recipe} --resume --out {folder.path}"
-        )
+        print(f"stopped and saved in {folder.path}")
     return finished
 
 
@@ -315,12 +314,12 @@ class Records:
 
 
 def _train(trainer: Trainer, records: Records | None) -> bool:
-    """Train all epochs that are left; False if Ctrl-C came. Without ``records`` nothing is shown
-    or written."""
+    """Train all epochs that are left; False if a signal stopped it. Without ``records`` nothing is
+    shown or written."""
     epochs, share = trainer.config.epochs, trainer.share
-    with _Progress(trainer, shown=records is not None) as progress, ctrl_c() as pressed:
+    with _Progress(trainer, shown=records is not None) as progress, stop_signals() as asked:
         # A process that stopped alone would leave the others waiting for its gradients.
-        stop = pressed if share.world == 1 else lambda: distributed.agreed(pressed(), share)
+        stop = asked if share.world == 1 else lambda: distributed.agreed(asked(), share)
         while not trainer.is_finished():
             progress.bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
             if not trainer.train_epoch(stop, progress.update):
@@ -402,24 +401,32 @@ def _conclude(trainer: Trainer, folder: RunFolder) -> None:
     print(f"files in {folder.path}")
 
 
+# Ctrl-C, what schedulers of batch jobs send before they kill, and the end of a terminal.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C only makes the yielded function return True; a second one interrupts.
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, :data:`STOPS` only make the yielded function return True; a second Ctrl-C interrupts.
 
     So the running step ends and what is saved belongs together.
     """
-    presses = []
+    came = []
 
     def note(signum, frame):
-        if presses:
+        # Of the others a second may come by itself: from the shell beside the terminal's own.
+        if signum == signal.SIGINT and signum in came:
             raise KeyboardInterrupt
-        presses.append(signum)
+        came.append(signum)
 
     if threading.current_thread() is not threading.main_thread():  # signals go to the main one
         yield lambda: False
         return
-    previous = signal.signal(signal.SIGINT, note)
+    # After nohup the end of the terminal stays ignored.
+    ignored = [s for s in STOPS[1:] if signal.getsignal(s) is signal.SIG_IGN]
+    previous = {s: signal.signal(s, note) for s in STOPS if s not in ignored}
     try:
-        yield lambda: bool(presses)
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns, and its one-line errors."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,32 @@ def test_trains_and_tells(tmp_path, capsys):
     assert "already holds a run" in error_of(capsys, *command)
     assert main([*command, "--resume", "--epochs", "3"]) == 0
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_stopped_run_tells_what_continues_it(tmp_path, monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr("fastcls.cli.run", lambda *_, **options: given.update(options))
+    monkeypatch.setattr("fastcls.cli.set_threads", lambda count: given.update(threads=count))
+    options = ["--data", str(tmp_path / "my data"), "--device", "cpu", "--threads", "2"]
+    command = ["train", "digits", "--out", str(tmp_path / "it's"), *options, "--tensorboard"]
+
+    def told():
+        assert main([*command, "--lr", "0.1"]) == 130
+        text = capsys.readouterr().out
+        assert text.startswith("continue with: ")
+        return shlex.split(text.removeprefix("continue with: "))
+
+    assert told() == ["fastcls", *command[:2], "--resume", *command[2:]]
+    monkeypatch.setattr(sys, "argv", ["/here/fastcls/__main__.py"])
+    assert told()[:4] == [sys.executable, "-m", "fastcls", "train"]
+    monkeypatch.setattr(sys, "argv", [".venv/bin/fastcls"])
+    assert told()[:2] == [".venv/bin/fastcls", "train"]
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert told()[:6] == ["torchrun", "--nproc-per-node", "3", "-m", "fastcls", "train"]
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 130
+    assert capsys.readouterr().out == ""
 
 
 def test_unknown_recipe_lists_all(capsys):

@@ -428,24 +428,43 @@ def test_full_disk_is_told_and_nothing_is_lost(what, whole, tmp_path):
     assert_same_numbers(out, whole)
 
 
-def test_ctrl_c_saves_the_running_epoch(whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("signum", runs.STOPS, ids=lambda s: s.name)
+def test_signals_save_the_running_epoch(signum, whole, tmp_path, monkeypatch, capsys):
     train_step, calls = Trainer.train_step, []
 
     def press(self, *batch):
         train_step(self, *batch)
         calls.append(batch)
         if len(calls) == STEPS + 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(Trainer, "train_step", press)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(s) for s in runs.STOPS]
     assert not run("digits", tmp_path / "run", **BRIEF)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert "--resume --out" in capsys.readouterr().out
+    assert [signal.getsignal(s) for s in runs.STOPS] == handlers
+    assert f"stopped and saved in {tmp_path / 'run'}\n" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
     assert run("digits", tmp_path / "run", resume=True)
     assert len(calls) == 3 * STEPS
     assert_same_numbers(tmp_path / "run", whole)
+
+
+def test_only_a_second_ctrl_c_interrupts(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), runs.stop_signals() as asked:
+        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+        assert asked()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_keeps_the_end_of_the_terminal_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runs.stop_signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_resume_before_the_first_checkpoint(whole, tmp_path):
