@@ -38,8 +38,11 @@ class Watch:
 # ---- tensors and what stands for them
 
 
-class _InPlace:
+class _StandIn:
     """``x += 1`` is a call, since fx knows ``x = x + 1`` only, which leaves aliases of x alone."""
+
+    def __len__(self):
+        self.tracer.watch.refuse("forward asks how long something is that it is given")
 
 
 def _add_in_place(name):
@@ -53,7 +56,7 @@ def _add_in_place(name):
 
     function.__name__ = function.__qualname__ = name
     globals()[name] = function  # where a new forward imports it from
-    setattr(_InPlace, f"__{name}__", method)
+    setattr(_StandIn, f"__{name}__", method)
 
 
 for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
@@ -62,11 +65,11 @@ for _name in ("and", "or", "xor", "lshift", "rshift"):
     _add_in_place(f"i{_name}")
 
 
-class Attribute(_InPlace, fx.proxy.Attribute):
+class Attribute(_StandIn, fx.proxy.Attribute):
     pass
 
 
-class Proxy(_InPlace, fx.Proxy):
+class Proxy(_StandIn, fx.Proxy):
     """One whose attributes cannot be set: they would be lost."""
 
     def __getattr__(self, name):
@@ -76,9 +79,6 @@ class Proxy(_InPlace, fx.Proxy):
         if name not in ("node", "tracer"):
             self.tracer.watch.refuse(f"forward sets {name} of a tensor")
         super().__setattr__(name, value)
-
-    def __len__(self):
-        self.tracer.watch.refuse("forward asks how long something is that it is given")
 
 
 PROXIES = (fx.Proxy, Proxy, fx.proxy.Attribute, Attribute)

@@ -1,6 +1,7 @@
 """fuse on drawn nets: outputs and gradients stay, and the report tells what runs."""
 
 import linecache
+import operator
 import re
 
 import pytest
@@ -56,6 +57,9 @@ CALLS = [
     "F.dropout({x}, 0.5, self.training)",
     "F.interpolate({x}, (6, 6)) + F.interpolate({y}, (6, 6))",
     "{x} * 2",
+    "{x}.mul_(2)",
+    "operator.iadd({x}.view(-1), 1).mean() + {x}",
+    "self.norm1.running_mean.mul_(0.9).mean() + {x}",
     "{x}.detach() + {x}",
     "{x} if self.training else {x} - 1",
 ]
@@ -94,7 +98,7 @@ def net_with(lines, seed):
     source += "".join(f"        {line}\n" for line in lines)
     file = f"<drawn net {seed}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = {"Net": Net, "F": F, "torch": torch, "__name__": __name__}
+    scope = {"Net": Net, "F": F, "torch": torch, "operator": operator, "__name__": __name__}
     exec(compile(source, file, "exec"), scope)
     torch.manual_seed(seed)
     net = scope["Drawn"]().double()
