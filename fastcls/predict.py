@@ -92,12 +92,11 @@ def predict(
             print(f"  {name:<{width}}  {probability:>7.2%}")
     plots.guesses(photos, inputs, guesses, Path(out))
     print(f"drawn in {out}")
-    if light := [
-        file for file, image in zip(files, inputs, strict=True) if _is_dark_on_light(image)
-    ]:
+    swapped = [f for f, image in zip(files, inputs, strict=True) if _is_dark_on_light(image)]
+    if swapped:
         print(
-            "fastcls: note: the model learned from light on dark and got dark on light of "
-            f"{', '.join(light)}; try it {'without' if invert else 'with'} --invert",
+            "fastcls: note: dark on light, where the model learned from light on dark: "
+            f"{', '.join(swapped)}; try {'without' if invert else 'with'} --invert",
             file=sys.stderr,
         )
 

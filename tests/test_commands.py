@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from fastcls import recipes
 from fastcls.cli import main
-from fastcls.compare import Side, clock_name, take_turns
+from fastcls.compare import Side, clock_name, compare, take_turns
 from fastcls.data import digits
+from fastcls.errors import UserError
 from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, draw, filter_photo
 from fastcls.predict import Predictor
 from fastcls.runs import read_records, run
@@ -77,7 +78,7 @@ def test_predict_tells_of_dark_on_light_and_inverts(folder, tmp_path, capsys):
     command = ["predict", str(folder / "best.pt"), "--out", str(tmp_path / "top.png")]
     assert main([*command, *files]) == 0
     plain = capsys.readouterr()
-    assert "light on dark and got dark on light of" in plain.err
+    assert "note: dark on light, where the model learned from light on dark" in plain.err
     assert files[1] in plain.err and files[0] not in plain.err and "with --invert" in plain.err
     assert main([*command, files[1], "--invert"]) == 0
     inverted = capsys.readouterr()
@@ -233,6 +234,15 @@ def test_one_thread_is_timed_by_its_processor_time(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert clock_name(cpu) == name
     assert clock_name(torch.device("cuda")) == "wall"
+
+
+def test_compare_trains_all_epochs_in_one_process(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="compare takes no patience"):
+        compare("digits", tmp_path, patience=2)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="compare runs in one process: start it without torchrun"):
+        compare("digits", tmp_path)
 
 
 def test_compare_tells_keeps_and_draws(tmp_path, capsys):
