@@ -9,6 +9,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from fastcls import functional as functional  # defines the op of exported programs
+
 _ops = torch.ops.fastcls
 
 
@@ -22,7 +24,7 @@ def _conv_flops(input, weight, stride, padding, dilation):
     return 2 * input[0] * places * math.prod(weight)
 
 
-@register_flop_formula(_ops.conv_block_forward)
+@register_flop_formula([_ops.conv_block_forward, _ops.conv_block])
 def _forward(input, weight, bias, stride, padding, dilation, *_, out_shape=None, **__):
     return _conv_flops(input, weight, stride, padding, dilation)
 

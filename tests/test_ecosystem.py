@@ -254,21 +254,134 @@ def test_export_with_a_dynamic_batch():
     x, _ = batch(native)
     program = torch.export.export(fused, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     targets = [n.target for n in program.graph.nodes]
-    assert torch.ops.fastcls.conv_block_forward.default in targets
+    assert torch.ops.fastcls.conv_block.default in targets
     for n in (8, 3):
         x, _ = batch(native, n)
         assert_close(program.module()(x), native(x))
 
 
-def test_aot_inductor(tmp_path):
+class LeNetWithLoss(LeNet):
+    def __init__(self):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x, target):
+        return self.loss(super().forward(x), target)
+
+
+def exported_step(strict=False):
+    """A native model with its loss, and the program of its fused copy."""
+    native, fused = pair(LeNetWithLoss)
+    assert len(fusion_report(fused).fused) == 3
+    dynamic = ({0: torch.export.Dim("n", min=2)},) * 2
+    program = torch.export.export(fused, batch(native), dynamic_shapes=dynamic, strict=strict)
+    ops = torch.ops.fastcls
+    targets = [n.target for n in program.graph.nodes]
+    assert targets.count(ops.conv_block.default) == 2
+    assert targets.count(ops.cross_entropy.default) == 1
+    return native, program
+
+
+def loss_gradients(model, n=8, image=LeNet):
+    model.zero_grad()
+    model(*batch(image, n)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("steps", ["exported", "saved", "decomposed", "without gradients"])
+def test_an_exported_model_trains(steps, strict, tmp_path):
+    with torch.set_grad_enabled(steps != "without gradients"):
+        native, program = exported_step(strict)
+    if steps == "decomposed":
+        program = program.run_decompositions()
+    if steps == "saved":
+        torch.export.save(program, tmp_path / "program.pt2")
+        program = torch.export.load(tmp_path / "program.pt2")
+    models = native, program.module()
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    for n in (8, 3, 5):
+        assert_close(*(loss_gradients(m, n) for m in models))
+        for optimiser in optimisers:
+            optimiser.step()
+    assert_close(*(list(m.parameters()) for m in models))
+
+
+def test_an_exported_model_under_autocast():
+    """As PyTorch's own ops do, those of a program go by the mode they are run in."""
+    _, fused = pair(LeNetWithLoss)
+    exported = exported_step()[1].module()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, expected = (loss_gradients(m) for m in (exported, fused))
+    assert_close(ours, expected, rtol=2e-2, atol=1e-3)
+    with pytest.raises(AssertionError):
+        assert_close(ours, loss_gradients(fused), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_gradients_of_an_exported_model():
+    native, program = exported_step()
+    penalties = []
+    for model in (native, program.module()):
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(model(*batch(native)), parameters, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        penalties.append(torch.autograd.grad(penalty, parameters))
+    assert_close(*penalties)
+
+
+def test_torch_func_of_an_exported_model():
+    native, program = exported_step()
+    parameters = {n: p.detach() for n, p in native.named_parameters()}
+    x, target = (t.unflatten(0, (4, 2)) for t in batch(native))  # four models' batches of two
+
+    def per_batch(model):
+        def loss(parameters, x, target):
+            return torch.func.functional_call(model, parameters, (x, target))
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
+
+    exported = program.module()
+    assert_close(per_batch(exported), per_batch(native))
+
+
+def test_compile_of_an_exported_model():
+    """Down to the kernels' ops, without a detour through Python."""
+    native, program = exported_step()
+    torch._dynamo.reset()
+    compiled = torch.compile(program.module(), backend="aot_eager", fullgraph=True)
+    assert_close(loss_gradients(compiled), loss_gradients(native))
+    with torch.profiler.profile() as profile:
+        loss_gradients(compiled)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls[FORWARD] == calls[BACKWARD] == 2 and "fastcls::conv_block" not in calls
+
+
+def test_export_of_forward_and_backward():
+    from torch.export.experimental import _export_forward_backward
+
+    native, program = exported_step()
+    joint = _export_forward_backward(program).graph_module
+    arguments = [p.detach() for p in native.parameters()] + list(batch(native))
+    _, *grads = torch.fx.Interpreter(joint).run(*arguments)
+    assert_close(grads, loss_gradients(native))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_aot_inductor(tmp_path, grad):
+    """The package holds the kernels' ops, which need no Python."""
     native, fused = pair(lambda: layers(conv(), nn.ReLU(), nn.MaxPool2d(2)).eval())
     x, _ = batch(native)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         program = torch.export.export(fused, (x,))
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "net.pt2")
-        )
-        assert_close(torch._inductor.aoti_load_package(package)(x), native(x))
+    path = str(tmp_path / "net.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=path)
+    with torch.no_grad():
+        loaded = torch._inductor.aoti_load_package(package)
+        with torch.profiler.profile() as profile:
+            assert_close(loaded(x), native(x))
+    calls = {event.key for event in profile.key_averages()}
+    assert FORWARD in calls and "fastcls::conv_block" not in calls
 
 
 def test_onnx_and_onnx_runtime(monkeypatch):
@@ -291,6 +404,14 @@ def test_onnx_and_onnx_runtime(monkeypatch):
         x, _ = batch(native, n)
         (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_close(torch.from_numpy(out), native(x).detach())
+
+
+def test_onnx_of_an_exported_model():
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(exported_step()[1], (), dynamo=True, verbose=False)
+    nodes = program.model_proto.graph.node
+    assert sum(node.op_type == "Conv" for node in nodes) == 2
+    assert {node.domain for node in nodes} == {""}
 
 
 # --------------------------------------------------------------------------- training and loops
@@ -461,6 +582,19 @@ def test_flop_counter(make):
         x, target = batch(model, 4)
         with FlopCounterMode(display=False) as counter:
             F.cross_entropy(model(x), target).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_flop_counter_of_an_exported_model(mode):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    native, program = exported_step()
+    counts = []
+    for model in (native, program.module()):
+        with mode(), FlopCounterMode(display=False) as counter:
+            model(*batch(native))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from fastcls import _load as _load
 from fastcls import reference
 from fastcls._arguments import conv_block_arguments, pair
-from fastcls.ops.common import HALF, check_fake_devices, check_tensor, decomposed, needs_grad
+from fastcls.ops.common import (
+    HALF,
+    check_fake_devices,
+    check_tensor,
+    decomposed,
+    define_exported,
+    exporting,
+    needs_grad,
+)
 
 _ops = torch.ops.fastcls
 
@@ -99,26 +107,39 @@ def conv_block(
         pool_padding,
         ceil_mode,
     )
+    if torch.compiler.is_compiling() and exporting():
+        return _ops.conv_block.default(input, weight, bias, *arguments)
+    return _conv_block(input, weight, bias, arguments)
+
+
+def _conv_block(input, weight, bias, arguments):
+    """``conv_block`` with the geometry as the ops take it."""
     if decomposed():
-        return reference.conv_block(
-            input,
-            *_like_half(input, weight, bias),
-            stride,
-            padding,
-            dilation,
-            groups,
-            activation=activation,
-            pool_size=pool_size,
-            pool_stride=pool_stride,
-            pool_padding=pool_padding,
-            ceil_mode=ceil_mode,
-        )
+        return _reference(input, *_like_half(input, weight, bias), *arguments)
     input, weight, bias = _autocast(input, weight, bias)
     tf32 = _allow_tf32(input)
     if needs_grad(input, weight, bias):
         function = _TracedConvBlock if torch.compiler.is_compiling() else _ConvBlock
         return function.apply(input, weight, bias, arguments, tf32)[0]
-    return _ops.conv_block_forward(input, weight, bias, *arguments, False, tf32)[0]
+    return _ops.conv_block_forward.default(input, weight, bias, *arguments, False, tf32)[0]
+
+
+def _reference(input, weight, bias, stride, padding, dilation, groups, relu, *pool):
+    size, step, pool_padding, ceil_mode = pool
+    return reference.conv_block(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation="relu" if relu else None,
+        pool_size=size or None,
+        pool_stride=step,
+        pool_padding=pool_padding,
+        ceil_mode=ceil_mode,
+    )
 
 
 def _like_half(input, weight, bias):
@@ -265,7 +286,7 @@ def _conv_block_backward_fake(grad_out, input, weight, winner, *arguments_and_ne
 
 
 def _conv_block_forward(input, weight, bias, arguments, tf32):
-    return _ops.conv_block_forward(input, weight, bias, *arguments, True, tf32)
+    return _ops.conv_block_forward.default(input, weight, bias, *arguments, True, tf32)
 
 
 def _save_conv_block(ctx, inputs, output):
@@ -292,7 +313,7 @@ class _ConvBlock(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _differentiable_grads(ctx, grad_out)
         else:
-            grads = _ops.conv_block_backward(
+            grads = _ops.conv_block_backward.default(
                 grad_out, input, weight, winner, *ctx.arguments, *needs, ctx.tf32
             )
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
@@ -320,3 +341,15 @@ def _differentiable_grads(ctx, grad_out):
     wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if need else None for need in needs]
+
+
+def _exported(input, weight, bias, *arguments):
+    return _conv_block(input, weight, bias, arguments)
+
+
+define_exported(
+    "conv_block(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+    "int[] dilation, int groups, bool relu, int[] pool_size, int[] pool_stride, "
+    "int[] pool_padding, bool ceil_mode) -> Tensor",
+    _exported,
+)

@@ -1,12 +1,21 @@
 """cross_entropy: the functions, their fakes (shapes for tracing), their backward."""
 
+import functools
 import math
 
 import torch
 
 from fastcls import _load as _load
 from fastcls import reference
-from fastcls.ops.common import HALF, check_fake_devices, check_tensor, decomposed, needs_grad
+from fastcls.ops.common import (
+    HALF,
+    check_fake_devices,
+    check_tensor,
+    decomposed,
+    define_exported,
+    exporting,
+    needs_grad,
+)
 
 _ops = torch.ops.fastcls
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's own ops number them
@@ -96,33 +105,45 @@ def _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothi
         raise ValueError(
             f'cross_entropy: reduction must be "none", "mean" or "sum", got {reduction!r}'
         )
+    settings = (ignore_index, code, label_smoothing)
+    try:
+        traced = torch.compiler.is_compiling()
+        if traced and exporting():
+            op = _ops.cross_entropy_with_hits if count_hits else _ops.cross_entropy
+            return op.default(input, target, weight, *settings)
+        return _cross_entropy_by_code(input, target, weight, settings, count_hits, traced)
+    except RuntimeError as error:
+        raise _in_native_type(error, ignore_index, label_smoothing) from None
+
+
+def _cross_entropy_by_code(input, target, weight, settings, count_hits, traced):
+    """The loss, or loss and hits; traced: by what compilers can follow."""
     if count_hits and needs_grad(weight):
         raise RuntimeError(
             "cross_entropy_with_hits: weight must not require a gradient beside class indices"
         )
     if not count_hits and (needs_grad(target, weight) or decomposed()):
-        return reference.cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing
-        )
+        return _reference(input, target, weight, *settings)
     float_loss = input.dtype in HALF and _autocast_active(input)
     if target.is_floating_point():
         input, target, weight, promoted = _promote_probabilities(input, target, weight)
         float_loss = float_loss or promoted
-    settings = (ignore_index, code, label_smoothing)
-    try:
-        if not (input.requires_grad and torch.is_grad_enabled()):
-            loss, _, hits = _ops.cross_entropy_forward.default(
-                input, target, weight, *settings, float_loss, _SAVE_NOTHING, count_hits
-            )
-            return (loss, hits) if count_hits else loss
-        if torch.compiler.is_compiling():
-            outputs = _TracedCrossEntropy.apply(
-                input, target, weight, *settings, float_loss, count_hits
-            )
-            return (outputs[0], outputs[2]) if count_hits else outputs[0]
-        return _CrossEntropy.apply(input, (target, weight, settings, float_loss, count_hits))
-    except RuntimeError as error:
-        raise _in_native_type(error, ignore_index, label_smoothing) from None
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        loss, _, hits = _ops.cross_entropy_forward.default(
+            input, target, weight, *settings, float_loss, _SAVE_NOTHING, count_hits
+        )
+        return (loss, hits) if count_hits else loss
+    if traced:
+        outputs = _TracedCrossEntropy.apply(
+            input, target, weight, *settings, float_loss, count_hits
+        )
+        return (outputs[0], outputs[2]) if count_hits else outputs[0]
+    return _CrossEntropy.apply(input, (target, weight, settings, float_loss, count_hits))
+
+
+def _reference(input, target, weight, ignore_index, code, label_smoothing):
+    reduction = next(name for name, value in _REDUCTIONS.items() if value == code)
+    return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def _in_native_type(error, ignore_index, label_smoothing):
@@ -346,17 +367,24 @@ class _TracedCrossEntropy(torch.autograd.Function):
 def _differentiable_cross_entropy_grad(ctx, grad_loss):
     """The gradient of input as native ops of input and grad_loss, for double backward."""
     input, target, weight, *_ = ctx.saved_tensors
-    ignore_index, code, label_smoothing = ctx.settings
     dtype = torch.promote_types(input.dtype, torch.float32)
     if target.is_floating_point():
         target = target.to(dtype)
-    reduction = next(name for name, value in _REDUCTIONS.items() if value == code)
-    loss = reference.cross_entropy(
-        input.to(dtype),
-        target,
-        None if weight is None else weight.to(dtype),
-        ignore_index,
-        reduction,
-        label_smoothing,
-    )
+    weight = None if weight is None else weight.to(dtype)
+    loss = _reference(input.to(dtype), target, weight, *ctx.settings)
     return torch.autograd.grad(loss, input, grad_loss.to(loss.dtype), create_graph=True)[0]
+
+
+def _exported(input, target, weight, *settings, count_hits=False):
+    return _cross_entropy_by_code(input, target, weight, settings, count_hits, traced=True)
+
+
+_ARGUMENTS = (
+    "(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
+    "float label_smoothing)"
+)
+define_exported(f"cross_entropy{_ARGUMENTS} -> Tensor", _exported)
+define_exported(
+    f"cross_entropy_with_hits{_ARGUMENTS} -> (Tensor loss, Tensor hits)",
+    functools.partial(_exported, count_hits=True),
+)

@@ -23,8 +23,14 @@ from conv_block_problems import (
 from helpers import assert_error_within_twice_native, assert_same, with_layout
 
 from fastcls import reference
+from fastcls._arguments import conv_block_arguments
 from fastcls.functional import conv_block
 from fastcls.ops import conv_block as op
+
+
+def exported(x, w, b=None, **arguments):
+    """The op of exported programs."""
+    return torch.ops.fastcls.conv_block.default(x, w, b, *conv_block_arguments(**arguments))
 
 
 def test_no_grad_gives_the_same_output_and_no_graph(device):
@@ -39,14 +45,18 @@ def test_no_grad_gives_the_same_output_and_no_graph(device):
         assert_same(out, expected.detach(), mode.__name__)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "vjp", "vmap", "vmap-grad", "forward-mode"])
-def test_torch_func(transform, device):
+TRANSFORMS = ["jvp", "vjp", "vmap", "vmap-grad", "forward-mode"]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("function", [conv_block, exported], ids=["function", "exported op"])
+def test_torch_func(function, transform, device):
     case = BY_NAME["plain"]
     x, w, b, _ = random_problem(case, DTYPES["float32"], device)
 
-    def apply(function):
+    def apply(block):
         def f(x):
-            return function(x, w, b, **case.function_arguments)
+            return block(x, w, b, **case.function_arguments)
 
         if transform == "jvp":
             return torch.func.jvp(f, (x,), (x,))
@@ -61,7 +71,7 @@ def test_torch_func(transform, device):
             dual = f(torch.autograd.forward_ad.make_dual(x, x))
             return torch.autograd.forward_ad.unpack_dual(dual).tangent
 
-    ours, native = apply(conv_block), apply(reference.conv_block)
+    ours, native = apply(function), apply(reference.conv_block)
     torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-4)
 
 
@@ -106,6 +116,36 @@ def test_opcheck(name, dtype, layout, device):
     _, winner = forward_with_winner(x, w, b, case)
     needs = (layout != "contiguous", True, case.bias)
     torch.library.opcheck(backward_op, (grad_out, x, w, winner, *positional(case), *needs))
+
+
+@not_emulated
+@pytest.mark.parametrize("name, dtype", [("plain", "float32"), ("conv-only", "bfloat16-float32")])
+def test_opcheck_of_the_exported_op(name, dtype, device):
+    case = BY_NAME[name]
+    tensors = random_problem(case, DTYPES[dtype], device)[:3]
+    op = torch.ops.fastcls.conv_block.default
+    for inputs in (tensors, leaves_of(*tensors)):
+        inputs = [*inputs, None][:3]
+        torch.library.opcheck(op, (*inputs, *positional(case)))
+
+
+@not_emulated
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["plain", "no-bias", "wide-window", "no-relu"])
+def test_the_exported_op_does_what_the_function_does(name, mode, device):
+    case = BY_NAME[name]
+    x, w, b, grad_out = random_problem(case, DTYPES["float32"], device)
+    with mode():
+        results = []
+        for f in (exported, conv_block):
+            leaves = leaves_of(x.clone(), w.clone(), None if b is None else b.clone())
+            out = f(*leaves, **case.function_arguments)
+            results.append([out.detach()])
+            if out.requires_grad:
+                results[-1] += gradients(out, leaves, grad_out)
+    assert (len(results[0]) > 1) == (mode is torch.enable_grad)
+    for ours, expected in zip(*results, strict=True):
+        assert_same(ours, expected, mode.__name__)
 
 
 SMALL = [

@@ -1,6 +1,7 @@
 """cross_entropy under autocast, autograd, torch.func and torch.compile, and of meta tensors."""
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -17,7 +18,13 @@ from cross_entropy_problems import (
 )
 
 from fastcls import FusedCrossEntropyLoss
-from fastcls.functional import cross_entropy
+from fastcls.functional import cross_entropy, cross_entropy_with_hits
+
+
+def exported(input, target, weight=None, reduction="mean", label_smoothing=0.0, hits=False):
+    """The op of exported programs."""
+    op = torch.ops.fastcls.cross_entropy_with_hits if hits else torch.ops.fastcls.cross_entropy
+    return op.default(input, target, weight, -100, REDUCTIONS.index(reduction), label_smoothing)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -118,6 +125,65 @@ def test_opcheck(device, kind, reduction):
         )
 
 
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+def test_opcheck_of_the_exported_ops(device, kind):
+    input, target = make_case((4, 6, 3), kind, device=device)
+    weight = class_weight(6, device=device)
+    ops = torch.ops.fastcls
+    for x in (input, input.clone().requires_grad_()):
+        arguments = (x, target, weight, -100, 1, 0.1)
+        torch.library.opcheck(ops.cross_entropy.default, arguments)
+        if kind == "ignore":
+            torch.library.opcheck(ops.cross_entropy_with_hits.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["ignore", "prob"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_exported_op_does_what_the_function_does(device, dtype, kind, reduction):
+    input, target = make_case((33, 10), kind, dtype, device)
+    arguments = {"reduction": reduction, "label_smoothing": 0.1}
+    for active in (None, torch.bfloat16):
+        with torch.autocast(input.device.type, active, enabled=active is not None):
+            torch.testing.assert_close(
+                value_and_grad(exported, input, target, **arguments),
+                value_and_grad(cross_entropy, input, target, **arguments),
+            )
+
+
+def test_hits_of_the_exported_op(device):
+    input, target = make_case((33, 10), "ignore", device=device)
+    results = []
+    for f in (functools.partial(exported, hits=True), cross_entropy_with_hits):
+        x = input.clone().requires_grad_()
+        loss, hits = f(x, target)
+        assert loss.requires_grad and not hits.requires_grad
+        results.append((hits, loss.detach(), *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_of_probabilities_through_the_exported_op(device):
+    input, target = make_case((6, 5), "prob", torch.float64, device)
+    tensors = [t.requires_grad_() for t in (input, target, class_weight(5, torch.float64, device))]
+    assert torch.autograd.gradcheck(exported, tensors)
+    assert torch.autograd.gradgradcheck(exported, tensors)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_loss_alone(device, strict):
+    """Its logits need no gradient while it is exported."""
+    loss = FusedCrossEntropyLoss(class_weight(5), label_smoothing=0.1).to(device)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        loss,
+        make_case((6, 5), "ignore", device=device),
+        dynamic_shapes=({0: rows},) * 2,
+        strict=strict,
+    )
+    case = make_case((9, 5), "ignore", device=device)
+    torch.testing.assert_close(value_and_grad(program.module(), *case), value_and_grad(loss, *case))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["index", "prob"])
 def test_compile(device, kind, dynamic):
@@ -171,11 +237,12 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(device, transform):
+@pytest.mark.parametrize("function", [cross_entropy, exported], ids=["function", "exported op"])
+def test_torch_func(device, transform, function):
     input, target = make_case((6, 5), "index", device=device)
     ours, native = (
         TRANSFORMS[transform](lambda x, f=f: f(x, target), input)
-        for f in (cross_entropy, F.cross_entropy)
+        for f in (function, F.cross_entropy)
     )
     torch.testing.assert_close(ours, native)
 
@@ -212,10 +279,11 @@ def test_vmap(device, kind):
     cases = [make_case((6, 5), kind, device=device, seed=seed) for seed in range(3)]
     inputs, targets = (torch.stack(tensors) for tensors in zip(*cases, strict=True))
     for transform in (torch.func.vmap, lambda loss: torch.func.vmap(torch.func.grad(loss))):
-        ours, native = (
-            transform(loss)(inputs, targets) for loss in (cross_entropy, F.cross_entropy)
+        *ours, native = (
+            transform(loss)(inputs, targets) for loss in (cross_entropy, exported, F.cross_entropy)
         )
-        torch.testing.assert_close(ours, native)
+        for results in ours:
+            torch.testing.assert_close(results, native)
 
 
 def test_module(device):
