@@ -736,6 +736,47 @@ def test_choice_knows_what_has_a_fast_kernel(path):
         assert choice.has_fast_kernel(x, window, "cpu") == (expected == "direct")
 
 
+def test_choice_of_a_strided_convolution():
+    x, w = torch.empty(8, 16, 28, 28), torch.empty(32, 16, 3, 3)
+    for device_type, pays in (("cpu", True), ("cuda", False)):
+        for grad in (False, True):
+            arguments = dict(dense=False, device_type=device_type, strided_grad=grad)
+            ours = choice.conv_block_pays(x, w, 2, True, **arguments)
+            assert ours == (pays or not grad)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "shape, weight, pool, needs_grad",
+    [
+        ((8, 64, 32, 32), (64, 64, 3, 3), None, True),
+        ((8, 32, 32, 32), (64, 32, 3, 3), None, False),
+        ((4, 512, 14, 14), (512, 512, 3, 3), 2, True),
+        ((4, 512, 14, 14), (512, 512, 3, 3), 2, False),
+    ],
+)
+def test_choice_in_bfloat16(shape, weight, pool, needs_grad, autocast, monkeypatch):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x, w = torch.empty(shape, dtype=dtype), torch.empty(weight, device="meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for pairs in (False, True):
+            monkeypatch.setattr(choice, "HAS_PAIRS", pairs)
+            assert choice.conv_block_pays(x, w, pool, needs_grad) != pairs
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("stride", [1, (1, 1), 2, (1, 2)])
+def test_choice_is_told_of_strides_and_gradients(stride, grad, monkeypatch):
+    told = []
+    monkeypatch.setattr(choice, "conv_block_pays", lambda *given: told.append(given) or True)
+    x, w = torch.randn(2, 4, 9, 9, requires_grad=grad), torch.randn(8, 4, 3, 3, requires_grad=True)
+    choice.conv_block(x, w, stride=stride)
+    is_one = stride in (1, (1, 1))
+    ((*_, needs_grad, images, dense, device_type, strided_grad),) = told
+    expected = (True, None, is_one, "cpu", grad and not is_one)
+    assert (needs_grad, images, dense, device_type, strided_grad) == expected
+
+
 def test_choice_without_vectors(monkeypatch):
     monkeypatch.setattr(choice, "HAS_VECTORS", False)
     x, w = torch.empty(8, 16, 28, 28), torch.empty(16, 16, 3, 3)

@@ -483,6 +483,20 @@ def test_constants_of_pytorch_are_no_settings():
     assert_same_numbers(fused, native)
 
 
+SIZES = (-1, 8)
+
+
+def test_numbers_in_globals_are_no_settings():
+    class Flat(Net):
+        def forward(self, x):
+            return F.relu(self.conv1(x)).flatten(1).narrow(1, 0, 8).view(SIZES)
+
+    native = made(Flat)
+    fused = fuse(native)
+    assert len(fusion_report(fused).fused) == 1
+    assert_same_numbers(fused, native)
+
+
 class Kind(enum.Enum):
     A, B = 1, 2
 

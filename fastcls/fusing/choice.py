@@ -17,6 +17,9 @@ WINOGRAD_CHANNELS = 16  # the forward pass takes multiples of it by Winograd's a
 MOST_PLACES = 16  # of a window
 MOST_ELEMENTS = 1 << 24  # of an image
 HAS_VECTORS = _C.isa() != "scalar"
+# There PyTorch's dense kernels multiply bfloat16 in pairs too; measured with the same layers and
+# those of ResNet and YOLO on one core.
+HAS_PAIRS = _C.isa() == "avx512_bf16"
 
 
 def has_fast_kernel(input, pool_size, device_type, strided_grad=False):
@@ -48,7 +51,8 @@ def conv_block_pays(
 
     With a pool it is, but for a large weight that meets a small map. Without one its gradients are
     about as fast as a library's dense kernels; it wins on large maps, where it saves a pass over
-    them. Inference of 3 × 3 kernels goes by Winograd's algorithm.
+    them, but not with pairs of bfloat16. Inference of 3 × 3 kernels goes by Winograd's algorithm,
+    but for pairs.
 
     Args:
         input, weight: as for ``functional.conv_block``.
@@ -64,15 +68,25 @@ def conv_block_pays(
     n = input.shape[0] if images is None else images
     places = n * input.shape[-2] * input.shape[-1]
     channels, taps = weight.shape[1], weight.numel() // weight.shape[0]
-    tiles = dense and weight.shape[-2:] == (3, 3) and pool_size in (None, 2, (2, 2))
+    pairs = HAS_PAIRS and is_bfloat16(input, device_type)
+    tiles = dense and weight.shape[-2:] == (3, 3) and pool_size in (None, 2, (2, 2)) and not pairs
     if tiles and channels % WINOGRAD_CHANNELS == 0 and not needs_grad:
         return places >= taps // 8
     if pool_size is not None:
-        enough = taps // 8 if needs_grad else taps
+        enough = taps // (4 if pairs else 8) if needs_grad else taps
         return weight.numel() <= LARGE_WEIGHT or places >= enough
     if channels <= FEW_CHANNELS:
         return needs_grad or channels > 1
-    return places >= 4 * taps and (channels >= MANY_CHANNELS or not needs_grad)
+    return not pairs and places >= 4 * taps and (channels >= MANY_CHANNELS or not needs_grad)
+
+
+def is_bfloat16(input, device_type):
+    """Will the op see bfloat16 on the CPU, autocast counted in?"""
+    if device_type != "cpu":
+        return False
+    if input.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return input.dtype == torch.bfloat16
 
 
 def is_one(step):

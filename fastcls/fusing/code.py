@@ -169,9 +169,16 @@ def setting(ran) -> str | None:
 def _may_change(home, value):
     if value is os.getenv:
         return True
-    if not _is_setting(value) or isinstance(value, logging.Logger):
+    if not _is_setting(value) or isinstance(value, logging.Logger) or _is_number(value):
         return False
     return _is_users_module(home) or not is_constant(value)
+
+
+def _is_number(value):
+    """A size or factor, ``x.view(-1, SIZE)``; what is switched is a flag or a name."""
+    if isinstance(value, tuple):
+        return all(map(_is_number, value))
+    return isinstance(value, (int, float, complex)) and not isinstance(value, bool)
 
 
 _EFFECTS = (print, open, warnings.warn)

@@ -6,7 +6,7 @@ from torch import fx
 from fastcls import functional
 from fastcls.fusing import edits
 from fastcls.fusing.chains import Chain, View
-from fastcls.fusing.choice import conv_block_pays
+from fastcls.fusing.choice import conv_block_pays, is_one
 from fastcls.fusing.steps import STATE, input_of
 from fastcls.fusing.tracing import Traced
 
@@ -75,12 +75,20 @@ def _pays(chain: Chain) -> bool:
     examples = [n.meta.get("example_value") for n in nodes if isinstance(n, fx.Node)]
     if len(examples) < 2 or None in examples or examples[0].dim() != 4:
         return False
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in examples)
+    grads = [torch.is_grad_enabled() and t.requires_grad for t in examples]
     input, weight = map(_at_hand, examples)
     if input is None or weight is None:
         return False
-    device_type = examples[0].device.type
-    return conv_block_pays(input, weight, _pool_size(chain), needs_grad, device_type=device_type)
+    stride, dilation = step.arguments["stride"], step.arguments["dilation"]
+    return conv_block_pays(
+        input,
+        weight,
+        _pool_size(chain),
+        any(grads),
+        dense=is_one(stride) and is_one(dilation),
+        device_type=examples[0].device.type,
+        strided_grad=grads[0] and not is_one(stride),
+    )
 
 
 def _at_hand(tensor):
