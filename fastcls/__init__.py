@@ -4,7 +4,7 @@ from fastcls import _load as _load  # registers the ops before anything refers t
 from fastcls import flops as flops  # tells torch.utils.flop_counter
 from fastcls import functional
 from fastcls.fusing import fuse, fusion_report, unfuse
-from fastcls.info import build_info
+from fastcls.info import build_info, package_version
 from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
 
 __all__ = [
@@ -16,3 +16,4 @@ __all__ = [
     "fusion_report",
     "unfuse",
 ]
+__version__ = package_version()

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch
 
-from fastcls import build_info, recipes
+from fastcls import __version__, build_info, recipes
 from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.info import kernel_resources
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="fastcls", description="Train small image classifiers with fused layers.")
+    top.add_argument("--version", action="version", version=f"fastcls {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     train = commands.add_parser("train", help="train a recipe")
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(compare, "folder of the results (default: runs/compare-RECIPE-TIME)")
     compare.add_argument("--seeds", type=int, default=1, metavar="N", help="how many (default: 1)")
     for name, option in SETTINGS.items():
-        if name not in ("layers", "channels_last"):
+        if name not in ("layers", "channels_last", "patience"):
             compare.add_argument(f"--{name.replace('_', '-')}", default=None, **option)
 
     predict = commands.add_parser("predict", help="tell the likeliest classes of images")

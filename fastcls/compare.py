@@ -125,23 +125,28 @@ def compare(
 ) -> dict:
     """Train a recipe with native and with fused layers; print, draw and return the comparison.
 
-    Both sides use the memory format, NCHW or channels-last, in which they are faster.
+    Both sides use the memory format, NCHW or channels-last, in which they are faster, and train all
+    epochs.
 
     Args:
         recipe: a name out of ``recipes.names()``.
         out: the folder of ``compare.json`` and ``compare.png``; it must not hold them already.
         seeds: how many, from the setting ``seed`` on.
-        data, device, changes: as of :func:`fastcls.runs.run`.
+        data, device, changes: as of :func:`fastcls.runs.run`, but for ``patience``.
 
     Raises:
         UserError: something that the user can put right.
     """
     from fastcls import plots  # matplotlib takes its time
 
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError("compare runs in one process: start it without torchrun")
+    if changes.get("patience") is not None:
+        raise UserError("compare takes no patience: both sides train all epochs")
     folder, module, device = Path(out), recipes.get(recipe), torch.device(device)
     if (folder / "compare.json").exists():
         raise UserError(f"{folder} already holds a comparison: choose another --out")
-    config = module.Config(**changes)
+    config = replace(module.Config(**changes), patience=None)  # caltech-transfer has one
     root, rows, losses = data_root(data), [], None
     replace(config, seed=config.seed + seeds - 1)  # the last one's check
     bar = import_extra("tqdm").tqdm(total=seeds * config.epochs, unit=" epochs", disable=None)

@@ -9,7 +9,7 @@ import torch
 from fastcls import _C, _load
 
 
-def _package_version():
+def package_version() -> str:
     try:
         return version("fastcls")
     except PackageNotFoundError:  # built in place, not installed
@@ -34,7 +34,7 @@ def build_info() -> dict:
     else:
         kernels = f"not loaded: {_load.cuda_error or 'this torch has no CUDA'}"
     return {
-        "fastcls": _package_version(),
+        "fastcls": package_version(),
         "torch": torch.__version__,
         "python": python_version(),
         "compiler": _C.compiler,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastcls
 from fastcls import recipes
 from fastcls.cli import main, pick_device
 from fastcls.errors import UserError, import_extra
@@ -92,6 +93,7 @@ def test_unknown_recipe_lists_all(capsys):
         (["train", "digits", "--threads", "100000"], "--threads must be at most 1024"),
         (["compare", "digits", "--seed", str(2**32 - 1), "--seeds", "2"], "seed must be in"),
         (["train", "digits", "--device", "cuda:99"], "CUDA device"),
+        (["compare", "digits", "--patience", "2"], "--patience"),
     ],
 )
 def test_mistakes_take_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -165,6 +167,13 @@ def test_a_resumed_run_needs_kernels_for_its_own_layers(tmp_path, monkeypatch):
     assert main(command) == 0
     assert asked == ["cuda"]
     assert main([*command, "--layers", "fused"]) != 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastcls {fastcls.__version__}\n"
+    assert fastcls.__version__ == fastcls.build_info()["fastcls"]
 
 
 def test_info_as_a_module():
