@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from fastcls.train import Trainer
 
 # What a resumed run may change: how long and with which layers (they share all parameters).
 CHANGEABLE = ("epochs", "layers")
+RESUMABLE = "; what was saved before is whole: make room and continue with --resume"
 
 
 class RunFolder:
@@ -71,11 +73,12 @@ class RunFolder:
         for file, count in ((self.metrics, epochs), (self.steps, steps)):
             if file.exists():
                 kept = file.read_bytes().splitlines(keepends=True)[:count]
-                write_atomically(file, lambda path, kept=kept: path.write_bytes(b"".join(kept)))
+                with _named_where_unwritten(file, RESUMABLE):
+                    write_atomically(file, lambda path, kept=kept: path.write_bytes(b"".join(kept)))
 
 
 def append_records(file: Path, records: Iterable[dict]) -> None:
-    with file.open("a") as lines:
+    with _named_where_unwritten(file, RESUMABLE), file.open("a") as lines:
         lines.writelines(json.dumps(record) + "\n" for record in records)
 
 
@@ -112,7 +115,8 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(file: Path, content: dict) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    write_atomically(file, lambda path: path.write_text(text))
+    with _named_where_unwritten(file):
+        write_atomically(file, lambda path: path.write_text(text))
 
 
 def save_checkpoint(file: Path, state: dict) -> None:
@@ -121,13 +125,21 @@ def save_checkpoint(file: Path, state: dict) -> None:
     Raises:
         UserError: no room, or no permission.
     """
-    try:
+    with _named_where_unwritten(file, RESUMABLE):
         write_atomically(file, lambda path: torch.save(state, path))
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        raise UserError(
-            f"checkpoint {file} cannot be written: {_first_line(error)}; what was saved before is "
-            "whole: make room and continue with --resume"
-        ) from error
+
+
+@contextlib.contextmanager
+def _named_where_unwritten(file: Path, advice: str = "") -> Iterator[None]:
+    """Turn what the system raises while ``file`` is written into a message that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = _first_line(error)
+        # torch's own writer has the system's reason where it opens the file, and nowhere else.
+        if "inline_container" in reason or "iostream" in reason:
+            reason = reason.partition("strerror: ")[2] or "the disk may be full"
+        raise UserError(f"{file} cannot be written: {reason}{advice}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -233,6 +245,7 @@ def _run(trainer: Trainer, folder: RunFolder, tensorboard: bool) -> bool:
     records = Records(folder, trainer, tensorboard) if writes else None
     state = trainer.state_dict()
     if writes:
+        epochs_before = folder.read_config().get("epochs") if begun else config.epochs
         folder.write_config(recipe, config)
         if begun:
             folder.keep_records(trainer.epoch, trainer.epoch * len(trainer.data.train))
@@ -245,6 +258,11 @@ def _run(trainer: Trainer, folder: RunFolder, tensorboard: bool) -> bool:
             f"{len(trainer.data.test.labels)} to test with",
             flush=True,
         )
+        if epochs_before != config.epochs and config.schedule != "constant":
+            print(
+                f"the {config.schedule} schedule spans {config.epochs} epochs now, {epochs_before} "
+                f"before: the next learning rate is {trainer.lr():.2g}"
+            )
     finished = _train(trainer, records)
     if writes and finished:
         _conclude(trainer, folder)
@@ -274,6 +292,11 @@ def continue_run(trainer: Trainer, folder: RunFolder) -> None:
             f"{folder.last} is no checkpoint to continue from ({_first_line(error)}): "
             "put the run's own one back, or begin a new run"
         ) from error
+    if trainer.config.epochs < trainer.epoch:
+        raise UserError(
+            f"{folder.path} has {trainer.epoch} epochs already: epochs must be at least as many, "
+            f"got {trainer.config.epochs}"
+        )
 
 
 def _load_in_turn(module, config: Config, root: Path, share: Share) -> Data:
@@ -342,6 +365,7 @@ class _Progress:
 
     def __init__(self, trainer: Trainer, shown: bool):
         self.trainer, self.shown, self.next_loss = trainer, shown, 0.0
+        self.warned = False
         train = trainer.data.train
         self.bar = import_extra("tqdm").tqdm(
             total=trainer.config.epochs * len(train.labels),
@@ -370,7 +394,16 @@ class _Progress:
         """An epoch's row above the bar."""
         if self.shown:
             self.bar.write(table_row(metrics, header=metrics["epoch"] == 1))
+            self._warn(metrics["train_loss"])
             sys.stdout.flush()  # a log file shall grow by the epoch too
+
+    def _warn(self, loss: float) -> None:
+        if not (self.warned or math.isfinite(loss)):
+            self.warned = True  # of all later epochs too
+            self.bar.write(
+                f"warning: training diverged, its loss is {loss}: begin again with a smaller --lr, "
+                "or with --clip-norm"
+            )
 
 
 def _conclude(trainer: Trainer, folder: RunFolder) -> None:

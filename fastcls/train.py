@@ -141,6 +141,13 @@ class Trainer:
         self.hits += hits
         return loss.detach()
 
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        # A function of the step alone: nothing to save, and no order to get wrong.
+        steps = len(self.data.train)
+        middle = self.epoch * steps + self.step + 0.5
+        return self.config.lr_at(middle / (self.config.epochs * steps))
+
     def recent_loss(self, steps: int = 50) -> float:
         """Mean loss of the last steps of the running epoch; waits for the device."""
         return self.losses[max(0, self.step - steps) : self.step].mean().item() * self.share.world
@@ -258,10 +265,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.amp)
 
     def _set_lr(self) -> None:
-        # A function of the step alone: nothing to save, and no order to get wrong.
-        steps = len(self.data.train)
-        middle = self.epoch * steps + self.step + 0.5
-        lr = self.config.lr_at(middle / (self.config.epochs * steps))
+        lr = self.lr()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)

@@ -398,11 +398,12 @@ def test_resume_after_kill_9(when, whole, tmp_path):
 
 
 # From the second epoch on no file may be longer than this many bytes.
-FULL = {"a checkpoint": 10_000, "the records": 3 * 40}
-
-
-@pytest.mark.parametrize("what", FULL)
-def test_full_disk_is_told_and_nothing_is_lost(what, whole, tmp_path):
+@pytest.mark.parametrize(
+    "size, reason",
+    [(10_000, "disk may be full"), (3 * 40, "too large")],
+    ids=["a checkpoint", "the records"],
+)
+def test_full_disk_is_told_and_nothing_is_lost(size, reason, whole, tmp_path):
     script = (
         "import resource, signal, sys, torch\n"
         "from fastcls import runs\n"
@@ -412,7 +413,7 @@ def test_full_disk_is_told_and_nothing_is_lost(what, whole, tmp_path):
         "epoch = runs.Records.epoch\n"
         "def full(self, metrics, *others):\n"
         "    if metrics['epoch'] == 2:\n"
-        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({FULL[what]}, -1))\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, -1))\n"
         "    epoch(self, metrics, *others)\n"
         "runs.Records.epoch = full\n"
         "sys.exit(main(sys.argv[1:]))\n"
@@ -421,7 +422,8 @@ def test_full_disk_is_told_and_nothing_is_lost(what, whole, tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in BRIEF.items()]
     child = run_child("-c", script, "train", "digits", "--out", str(out), *options)
     assert child.returncode == 2, child.stderr
-    assert re.fullmatch(r"fastcls: .*(cannot be written: .*--resume|too large).*\n", child.stderr)
+    named = rf"fastcls: {out}/\w+\.\w+ cannot be written: .*({reason}).*--resume\n"
+    assert re.fullmatch(named, child.stderr)
     assert not list(out.glob("*.new"))
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
     assert run("digits", out, resume=True)
@@ -499,6 +501,28 @@ def test_resume_may_train_longer(tmp_path):
     run("digits", tmp_path / "run", **BRIEF | {"epochs": 1})
     run("digits", tmp_path / "run", resume=True, epochs=2)
     assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_resume_tells_where_the_schedule_goes_on(tmp_path, capsys):
+    """One-cycle's rate is nearly zero at its end, which is its middle when twice as long."""
+    run("digits", tmp_path / "run", **BRIEF | {"epochs": 1})
+    run("digits", tmp_path / "run", resume=True, epochs=1)
+    assert "schedule" not in capsys.readouterr().out
+    run("digits", tmp_path / "run", resume=True, epochs=2)
+    told = "the one-cycle schedule spans 2 epochs now, 1 before: the next learning rate is 0.0023\n"
+    assert told in capsys.readouterr().out
+
+
+def test_resume_drops_no_epochs(whole):
+    before = {file: file.read_bytes() for file in whole.iterdir()}
+    with pytest.raises(UserError, match="has 3 epochs already: epochs must be at least as many, "):
+        run("digits", whole, resume=True, epochs=2)
+    assert {file: file.read_bytes() for file in whole.iterdir()} == before
+
+
+def test_a_run_that_diverges_says_so_once(tmp_path, capsys):
+    assert run("digits", tmp_path / "run", **BRIEF | {"lr": 1e30, "optimizer": "sgd"})
+    assert capsys.readouterr().out.count("warning: training diverged, its loss is nan: ") == 1
 
 
 @pytest.mark.parametrize(
