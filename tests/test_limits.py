@@ -160,6 +160,20 @@ def test_more_than_two_billion_inputs(shape, pool, path):
 
 
 @large
+def test_rows_of_windows_that_floats_cannot_count():
+    g = torch.Generator().manual_seed(4)
+    x = torch.randint(-1, 2, (1, 1, 1, 4_000_000), generator=g).float()
+    w = torch.randint(-1, 2, (32, 1, 1, 81), generator=g).float().requires_grad_()
+    grads = []
+    for block in (conv_block, reference.conv_block):
+        out = block(x, w, pool_size=(1, 2))
+        far = torch.zeros_like(out)
+        far[..., -1000:] = 1
+        grads.append(torch.autograd.grad(out, w, far)[0])
+    assert_same(*grads, "grad_weight")
+
+
+@large
 def test_more_than_two_billion_rows():
     rows = 2**31 + 5
     logits = torch.tensor([[0.5, -1.0]], dtype=torch.bfloat16)

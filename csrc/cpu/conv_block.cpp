@@ -69,16 +69,19 @@ void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShap
 
 // The sum over images goes by chunks, whose partial sums are then added up in order: the result
 // depends on the shape alone, not on the number of threads. At least 8 chunks to share out among
-// threads, up to 32 as long as their sums stay within 2 MiB, so that they come from the cache.
+// threads, up to 32 as long as their sums stay within 2 MiB, so that they come from the cache; but
+// down to 2 where 8 would take more than 128 MiB.
 template <typename T, typename W>
 void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                           const View4<const T>& grad_out, const View4<const T>& x,
                           const uint8_t* winner, const View4<W>& grad_weight, W* grad_bias) {
   const int64_t taps = s.kernel_h * s.kernel_w, row = taps * s.C + 1, size = s.K * row;
-  const int64_t most = std::clamp<int64_t>((int64_t{1} << 19) / size, 8, 32);
+  const int64_t least = std::clamp<int64_t>((int64_t{1} << 25) / size, 2, 8);
+  const int64_t most = std::clamp<int64_t>((int64_t{1} << 19) / size, least, 32);
   const int64_t chunk = std::max<int64_t>((s.N + most - 1) / most, 1);
   const int64_t units = (s.N + chunk - 1) / chunk;
   const std::unique_ptr<float[]> partial(new float[units * size]);
+  ask_for_huge_pages(partial.get(), units * size * sizeof(float));
   parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     kernels.backward_weight(s, grad_out, x, winner, partial.get(), chunk, begin, end);
   });

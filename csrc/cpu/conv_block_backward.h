@@ -5,8 +5,9 @@
 // AVX2: 12 sums + 1 broadcast of 16 registers; AVX-512: 18 of 32, a whole 3 × 3 × 32 kernel.
 constexpr int kMaxSums = L == 16 ? 18 : 12;
 constexpr int kMaxRuns = 3;
-// Vectors of one run at most, unless its taps have more: 3 taps × 32 channels.
-constexpr int kRunVecs = 96 / L;
+// Vectors of one run at most, unless its taps have more: 3 taps × 32 channels, or × 48 where fewer
+// channels are padding then.
+constexpr int kRunVecs = 96 / L, kLongRunVecs = L == 16 ? 144 / L : kRunVecs;
 
 // Input channels are done in groups whose runs fit the registers, as equal as possible: many
 // positions of a narrow image fit the first-level cache, and the registers are loaded less often.
@@ -14,16 +15,24 @@ struct ChannelGroups {
   int64_t count, channels;  // all groups are laid out as `channels` wide; the last may have fewer
   ConvBlockShape shape;     // of one group
 
-  ChannelGroups(const ConvBlockShape& s, int64_t run_vecs) : shape(s) {
+  explicit ChannelGroups(const ConvBlockShape& s) : shape(s) {
+    split(s, kLongRunVecs);
+    const int64_t laid_out = count * channels;
+    split(s, kRunVecs);
+    if (laid_out < count * channels) split(s, kLongRunVecs);
+    shape.C = channels;
+  }
+  int64_t begin(int64_t group) const { return group * channels; }
+  int64_t width(int64_t group, int64_t C) const { return std::min(channels, C - begin(group)); }
+
+ private:
+  void split(const ConvBlockShape& s, int64_t run_vecs) {
     const int64_t taps = s.dilation_w == 1 ? s.kernel_w : 1;
     const int64_t most = std::max<int64_t>(run_vecs / taps, 1) * L;
     count = (s.C + most - 1) / most;
     channels = count == 1 ? s.C : round_up((s.C + count - 1) / count, L);
     count = (s.C + channels - 1) / channels;
-    shape.C = channels;
   }
-  int64_t begin(int64_t group) const { return group * channels; }
-  int64_t width(int64_t group, int64_t C) const { return std::min(channels, C - begin(group)); }
 };
 
 // Which runs, and which vectors of each, are in registers together.
@@ -133,9 +142,10 @@ struct WindowList {
   const Operand* no_row;  // zeros, where a bucket's last entry is alone
 };
 
-// dx[window + place ...] += Σ_e g[e] · w[channel[e]] over the entries of each bucket. The last
-// vector of each run has `tail` lanes of its own; what lies behind them belongs to other pixels and
-// is left as it is.
+// dx[window + place ...] += Σ_e g[e] · w[channel[e]] over the entries of each bucket, each bucket
+// summed on its own: with each product the error grows by the last bit of the sum that it is added
+// to. The last vector of each run has `tail` lanes of its own; what lies behind them belongs to
+// other pixels and is left as it is.
 template <int kRuns, int kVecs>
 void add_channels(float* dx, const int64_t* run, const Operand* w, const WindowList& list,
                   const int64_t* place, int64_t tail) {
@@ -148,7 +158,7 @@ void add_channels(float* dx, const int64_t* run, const Operand* w, const WindowL
       float* to = dx + list.offset[p] + place[q];
       Vec sum[kSums];
 #pragma GCC unroll 18
-      for (int i = 0; i < kSums; ++i) sum[i] = Vec::load(to + run[i / kVecs] + i % kVecs * L);
+      for (int i = 0; i < kSums; ++i) sum[i] = Vec::zero();
       const auto row = [&](int64_t e) { return w + list.channel[e] * (kSums * L); };
       int64_t e = begin;
       for (; e + kEntries <= end; e += kEntries)
@@ -159,8 +169,9 @@ void add_channels(float* dx, const int64_t* run, const Operand* w, const WindowL
 #pragma GCC unroll 18
       for (int i = 0; i < kSums; ++i) {
         float* at = to + run[i / kVecs] + i % kVecs * L;
-        if (tail < L && i % kVecs == kVecs - 1) sum[i] = Vec::select(own, sum[i], Vec::load(at));
-        sum[i].store(at);
+        const Vec before = Vec::load(at), after = before + sum[i];
+        const bool is_last = tail < L && i % kVecs == kVecs - 1;
+        (is_last ? Vec::select(own, after, before) : after).store(at);
       }
     }
 }

@@ -92,7 +92,7 @@ struct InputGradient {
 
   InputGradient(const ConvBlockShape& shape, const float* w, bool has_winner)
       : s(shape),
-        groups(s, kRunVecs),
+        groups(s),
         runs(groups.shape),
         passes(passes_over(runs, kMaxSums)),
         tile(groups.shape),

@@ -109,9 +109,14 @@ struct PositionCycles {
   }
 };
 
+// Patches under a row of windows beyond this fit no cache; from 2^24 elements on, floats would not
+// hold their offsets either.
+constexpr int64_t kMostPatchElements = 1 << 20;
+
 inline bool patches_pay(const ConvBlockShape& s) {
   const PositionCycles cycles(s);
-  return s.C % L != 0 && cycles.patches < cycles.plain;
+  const int64_t of_windows = s.pool_h * s.conv_w * patch_shape(s).C;
+  return s.C % L != 0 && of_windows <= kMostPatchElements && cycles.patches < cycles.plain;
 }
 
 // By columns 2 multiply-adds a cycle go over the whole map, and its gradient takes another 2
@@ -365,7 +370,7 @@ struct WeightGradient {
   explicit WeightGradient(const ConvBlockShape& shape)
       : input(shape),
         s(input.shape),
-        groups(s, kRunVecs),
+        groups(s),
         runs(groups.shape),
         passes(passes_over(runs, kMaxSums)),
         tile(groups.shape),

@@ -283,7 +283,7 @@ class _CrossEntropy(torch.autograd.Function):
         if grad is None:  # not the first pass
             grad = _save_again(ctx, _SAVE_GRAD)
         if _is_batched(grad_loss):
-            return grad * _per_logit(grad_loss), None
+            return grad * _per_logit(_of_rows(ctx, grad_loss)), None
         if _on_cuda(grad):  # on the device: the host would have to wait for grad_loss
             target, ignore_index = ctx.saved_tensors[1], ctx.settings[0]
             _ops.cross_entropy_scale_.default(grad, grad_loss, target, ignore_index)
@@ -294,7 +294,8 @@ class _CrossEntropy(torch.autograd.Function):
                 return grad, None
             if not math.isfinite(scale):  # 0 * inf would not leave the ignored rows 0
                 return _grad_from_logits(ctx, grad_loss), None
-        return grad.mul_(_per_logit(grad_loss)), None
+            return grad.mul_(grad_loss), None
+        return grad.mul_(_per_logit(_of_rows(ctx, grad_loss))), None
 
 
 class _PlainCrossEntropy(_CrossEntropy):
@@ -317,6 +318,14 @@ def _is_batched(grad_loss):
     """Several gradients at once: is_grads_batched=True, or a backward pass within torch.vmap."""
     legacy = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
     return legacy or torch._C._functorch.is_batchedtensor(grad_loss)
+
+
+def _of_rows(ctx, grad_loss):
+    """The gradient of each row's loss: 0 for the ignored ones, which 0 * inf would not leave 0."""
+    target, ignore_index = ctx.saved_tensors[1], ctx.settings[0]
+    if target.is_floating_point():
+        return grad_loss
+    return grad_loss.expand(target.shape).masked_fill(target.long() == ignore_index, 0)
 
 
 def _per_logit(grad_loss):

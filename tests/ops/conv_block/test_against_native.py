@@ -124,6 +124,27 @@ def check_error(case, problem, layout, on_matrix_unit=False):
         assert_error_within_twice_native(*grads, name, one_rounding=True, ulps=ulps)
 
 
+@pytest.mark.parametrize("channels, kernel", [(48, 3), (10, 5)])
+def test_input_gradient_of_many_output_channels(channels, kernel):
+    g = torch.Generator().manual_seed(2)
+    x = torch.rand(2, channels, 14, 14, generator=g)
+    w = torch.rand(512, channels, kernel, kernel, generator=g)
+    grad_out = torch.rand(2, 512, 14, 14, generator=g)  # all of one sign: sums grow
+
+    def grad_input(block, dtype, layout="contiguous"):
+        leaf = with_layout(x.to(dtype), layout).requires_grad_()
+        out = block(leaf, w.to(dtype), None, padding=kernel // 2, activation=None, pool_size=None)
+        return torch.autograd.grad(out, leaf, grad_out.to(dtype))[0]
+
+    exact = grad_input(reference.conv_block, torch.float64)
+    natives = [
+        grad_input(reference.conv_block, torch.float32, layout)
+        for layout in ("contiguous", "channels_last")
+    ]
+    ours = grad_input(conv_block, torch.float32)
+    assert_error_within_twice_native(ours, natives, exact, "grad_input")
+
+
 # Float32 sums of the matrix units may be off by so much where native's, of other units, are better.
 # Sums over overlapping windows they take as two bfloat16: 16 bits.
 LEAST_MATRIX_UNIT_ULPS = 16

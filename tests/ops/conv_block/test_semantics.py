@@ -278,6 +278,19 @@ def test_rows_of_padding_that_32_bits_cannot_count(channels, dtypes, device):
         assert_same(far, near, "output or gradient")
 
 
+@pytest.mark.parametrize("stride", [2**16, 2**31 - 1])
+def test_steps_that_are_never_taken(stride, device):
+    x, w, b, _ = random_problem(BY_NAME["plain"], DTYPES["float32"], device)
+    w = w[..., : x.shape[2], : x.shape[3]]
+    results = []
+    for step in (1, stride):
+        leaves = leaves_of(x[..., : w.shape[2], : w.shape[3]], w, b)
+        out = conv_block(*leaves, stride=step, pool_size=1, pool_stride=step)
+        results.append([out.detach(), *gradients(out, leaves, torch.ones_like(out))])
+    for near, far in zip(*results, strict=True):
+        assert_same(far, near, "output or gradient")
+
+
 @pytest.mark.parametrize("name", ["deep2", "wide1", "plain"])
 def test_winners_that_come_back_at_odd_addresses(name, device):
     case = BY_NAME[name]

@@ -1,6 +1,7 @@
 """cross_entropy where numbers run out, rows are missing or others go wrong."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -217,3 +218,21 @@ def test_offsets_past_two_to_the_31st(device):
     small, target = make_case((2, C), "index", torch.bfloat16, device)
     input.copy_(small)
     assert cross_entropy(input, target) == cross_entropy(small, target)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["plain", "batched"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 2)], ids=str)
+def test_infinite_factors_leave_ignored_rows_zero(shape, reduction, batched, device):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
+    ignored = torch.arange(shape[0] * math.prod(shape[2:])).reshape(shape[0], *shape[2:]) % 3 == 1
+    target = torch.where(ignored, -100, 2).to(device)
+    loss = cross_entropy(x, target, reduction=reduction)
+    factor = torch.full_like(loss, math.inf)
+    if batched:
+        (grad,) = torch.autograd.grad(loss, x, factor[None], is_grads_batched=True)
+    else:
+        (grad,) = torch.autograd.grad(loss, x, factor)
+    rows = grad.reshape(shape).movedim(1, -1)
+    assert (rows[ignored] == 0).all()
+    assert not rows[~ignored].isfinite().any()
