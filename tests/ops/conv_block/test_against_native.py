@@ -127,9 +127,9 @@ def check_error(case, problem, layout, on_matrix_unit=False):
 @pytest.mark.parametrize("channels, kernel", [(48, 3), (10, 5)])
 def test_input_gradient_of_many_output_channels(channels, kernel):
     g = torch.Generator().manual_seed(2)
-    x = torch.rand(2, channels, 14, 14, generator=g)
-    w = torch.rand(512, channels, kernel, kernel, generator=g)
-    grad_out = torch.rand(2, 512, 14, 14, generator=g)  # all of one sign: sums grow
+    x = torch.rand(2, channels, 7, 7, generator=g)
+    w = torch.rand(2048, channels, kernel, kernel, generator=g)
+    grad_out = torch.rand(2, 2048, 7, 7, generator=g)  # all of one sign: sums grow
 
     def grad_input(block, dtype, layout="contiguous"):
         leaf = with_layout(x.to(dtype), layout).requires_grad_()
