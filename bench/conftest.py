@@ -66,6 +66,9 @@ def pytest_configure(config):
     config.option.peers = config.getoption("peers") or known
     if unknown := set(config.option.peers) - set(known):
         raise pytest.UsageError(f"--peers: {', '.join(unknown)} not among {', '.join(known)}")
+    for name in ("batch", "threads"):
+        if min(config.getoption(name) or [1]) < 1:
+            raise pytest.UsageError(f"--{name}: every number must be at least 1")
     several = getattr(config.option, "numprocesses", None) and config.getoption("seconds")
     if several and config.getoption("benchmark") and config.getoption("device") == "cpu":
         raise pytest.UsageError("-n: on the CPU processes would be in each other's times")
@@ -75,9 +78,30 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    _check_names(config, {item.module for item in items if item.path.name.startswith("bench_")})
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="--device cuda, but torch finds no GPU"))
+
+
+def _check_names(config, modules):
+    """A name that no module has would leave everything out, as if all were well."""
+    device = config.getoption("device")
+    cases = {case.name for module in modules for case in _cases(module, device)}
+    dtypes = {name for module in modules for name in _dtypes(module, device)}
+    for option, known in (("only", cases), ("dtypes", dtypes)):
+        if unknown := sorted({*(config.getoption(option) or ())} - known):
+            message = f"--{option}: {', '.join(unknown)} not among {', '.join(sorted(known))}"
+            raise pytest.UsageError(message)
+
+
+def _cases(module, device):
+    cases = getattr(module, "CASES", [])
+    return getattr(module, "CUDA_CASES", cases) if device == "cuda" else cases
+
+
+def _dtypes(module, device):
+    return getattr(module, "DTYPES", DTYPES)[device]
 
 
 def pytest_generate_tests(metafunc):
@@ -96,17 +120,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("threads", counts, ids=lambda n: f"{n}t", indirect=True)
     device = metafunc.config.getoption("device")
     if "dtype" in metafunc.fixturenames:
-        names = getattr(metafunc.module, "DTYPES", DTYPES)[device]
+        names = _dtypes(metafunc.module, device)
         chosen = metafunc.config.getoption("dtypes") or names
         metafunc.parametrize("dtype", [n for n in names if n in chosen], indirect=True)
     if "case" in metafunc.fixturenames:
         batches = metafunc.config.getoption("batch") if measuring else [QUICK_BATCH]
-        cases = metafunc.module.CASES
-        if device == "cuda":
-            cases = getattr(metafunc.module, "CUDA_CASES", cases)
         pairs = [
             (case, batch)
-            for case in _chosen(cases, metafunc.config.getoption("only"))
+            for case in _chosen(_cases(metafunc.module, device), metafunc.config.getoption("only"))
             for batch in (batches if case.batch == type(case).batch else [case.batch])
         ]
         if not measuring:
