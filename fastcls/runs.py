@@ -455,9 +455,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # signals go to the main one
         yield lambda: False
         return
-    # After nohup the end of the terminal stays ignored.
-    ignored = [s for s in STOPS[1:] if signal.getsignal(s) is signal.SIG_IGN]
-    previous = {s: signal.signal(s, note) for s in STOPS if s not in ignored}
+    # After nohup the end of the terminal stays ignored; None is not Python's to put back.
+    kept = [s for s in STOPS[1:] if signal.getsignal(s) in (signal.SIG_IGN, None)]
+    previous = {s: signal.signal(s, note) for s in STOPS if s not in kept}
     try:
         yield lambda: bool(came)
     finally:
