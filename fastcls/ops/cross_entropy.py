@@ -260,7 +260,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.save = settings, save
         if save == _SAVE_GRAD:
-            ctx.unit_grad = saved
+            # The target beside those saved: logits that were changed do not matter to it.
+            ctx.unit_grad, ctx.target = saved, target
             ctx.save_for_backward(input, target, weight)
         else:
             ctx.save_for_backward(input, target, weight, saved)
@@ -303,10 +304,10 @@ class _PlainCrossEntropy(_CrossEntropy):
 
     @staticmethod
     def forward(ctx, input, call):
-        target, ctx.settings, loss, ctx.unit_grad = call
+        ctx.target, ctx.settings, loss, ctx.unit_grad = call
         ctx.save = _SAVE_GRAD
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, None)
+        ctx.save_for_backward(input, ctx.target, None)
         return loss
 
 
@@ -322,10 +323,10 @@ def _is_batched(grad_loss):
 
 def _of_rows(ctx, grad_loss):
     """The gradient of each row's loss: 0 for the ignored ones, which 0 * inf would not leave 0."""
-    target, ignore_index = ctx.saved_tensors[1], ctx.settings[0]
-    if target.is_floating_point():
+    if ctx.target.is_floating_point():
         return grad_loss
-    return grad_loss.expand(target.shape).masked_fill(target.long() == ignore_index, 0)
+    ignored = ctx.target.long() == ctx.settings[0]
+    return grad_loss.expand(ignored.shape).masked_fill(ignored, 0)
 
 
 def _per_logit(grad_loss):
