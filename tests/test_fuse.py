@@ -517,6 +517,39 @@ def test_a_fused_model_is_freed_with_its_last_reference():
             gc.enable()
 
 
+@pytest.mark.parametrize(
+    "duplicate",
+    [lambda m: m, copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["itself", "copy", "deepcopy", "pickle"],
+)
+@pytest.mark.parametrize(
+    "at, layer",
+    [(0, nn.Conv2d(1, 4, 3)), (1, nn.GELU()), (2, nn.AvgPool2d(2)), (4, nn.Identity())],
+    ids=["conv", "relu", "pool", "relu of the second"],
+)
+def test_a_layer_of_a_chain_that_is_replaced(at, layer, duplicate):
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU()
+    native, x = nn.Sequential(*layers), torch.randn(2, 1, 9, 9)
+    fused = duplicate(fuse(native))
+    fused[1] = Wrapped(fused[1])  # still there
+    torch.testing.assert_close(fused(x), native(x))
+    fused[at] = layer
+    with pytest.raises(RuntimeError, match="was replaced; unfuse the model before"):
+        fused(x)
+    native[at] = layer
+    for again in (unfuse(fused), fuse(fused)):
+        torch.testing.assert_close(again(x), native(x))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 def test_layers_outlive_their_model():
     fused, native = fuse(normed()), normed()
     rest = nn.Sequential(*list(fused.children())[:-1])

@@ -8,6 +8,7 @@ from fastcls.fusing.rewritten import Forward, rewritten_class
 from fastcls.fusing.swapped import (
     absorb,
     absorb_batch_norm,
+    bond,
     change_class,
     swap_conv,
     swap_cross_entropy,
@@ -66,7 +67,7 @@ def _edit(chain, link):
 
 
 def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
-    swapped = set()
+    swapped, bonded = set(), {}
     for chain in chains:
         conv = chain.head.step.module
         if chain.head.step.kind == "conv" and conv is not None and id(conv) not in swapped:
@@ -79,15 +80,21 @@ def _swap_modules(plan: Plan, chains: list[Chain]) -> None:
             )
         for link in chain.all_links:
             module = link.step.module
-            if module is None or id(module) not in plan.by_class or id(module) in swapped:
+            if module is None or id(module) not in plan.by_class:
                 continue
             if link.step.kind == "batch_norm":
                 continue  # with its convolution
+            if conv is not None and link.step.kind in ("relu", "max_pool"):
+                bonded[id(conv), id(module)] = (conv, module)
+            if id(module) in swapped:
+                continue
             swapped.add(id(module))
             if link.step.kind == "nll_loss":
                 swap_nll_loss(module, chain.head.step.arguments["dim"])
             else:
                 absorb(module)
+    for pair in bonded.values():
+        bond(*pair)
     for row, (_, loss) in zip(plan.loss_rows(), plan.losses, strict=True):
         if not row.reason:
             swap_cross_entropy(loss)

@@ -14,6 +14,7 @@ from fastcls.modules import FusedConvBlock, FusedCrossEntropyLoss
 _NATIVE_CLASS = "_fastcls_native_class"
 _ADDED = "_fastcls_added"
 _TIE = "_fastcls_tie"
+_BONDS = "_fastcls_bonds"
 
 
 def change_class(module: nn.Module, cls: type, **attributes) -> None:
@@ -72,6 +73,39 @@ def _nothing():
     return None
 
 
+class Bond:
+    """Between a convolution and a module whose work it does: neither goes on without the other.
+
+    Both hold it, it holds neither, as with ``Tie``. What is copied or pickled alone is free, and
+    what a wrapper holds is still there.
+    """
+
+    def __init__(self):
+        self._convolution = self._absorbed = _anything
+
+    def __reduce__(self):
+        return Bond, ()
+
+    def bind_convolution(self, convolution: nn.Module) -> None:
+        if self._convolution is _anything:  # not so for a shallow copy
+            self._convolution = weakref.ref(convolution)
+
+    def bind_absorbed(self, absorbed: nn.Module) -> None:
+        if self._absorbed is _anything:
+            self._absorbed = weakref.ref(absorbed)
+
+    def check(self) -> None:
+        if self._convolution() is None or self._absorbed() is None:
+            raise RuntimeError(
+                "FusedConvBlock: a layer of the chain that fuse made one op of was replaced; "
+                "unfuse the model before you take it apart"
+            )
+
+
+def _anything():
+    return True
+
+
 class SwappedConvBlock(FusedConvBlock):
     """A convolution of the user's that does the steps after it too.
 
@@ -82,7 +116,14 @@ class SwappedConvBlock(FusedConvBlock):
     def _get_name(self):
         return "FusedConvBlock"
 
+    def __setstate__(self, state):  # of a copy
+        super().__setstate__(state)
+        for bond in vars(self)[_BONDS]:
+            bond.bind_convolution(self)
+
     def forward(self, input):
+        for bond in vars(self)[_BONDS]:
+            bond.check()
         weight, bias = self.weight, self.bias
         if self.batch_norm is not None:
             batch_norm = self.batch_norm.batch_norm()
@@ -125,6 +166,16 @@ class Absorbed(nn.Identity):
     def _get_name(self):
         return f"Absorbed{vars(self)[_NATIVE_CLASS].__name__}"
 
+    def __setstate__(self, state):  # of a copy
+        super().__setstate__(state)
+        for bond in vars(self)[_BONDS]:
+            bond.bind_absorbed(self)
+
+    def forward(self, input):
+        for bond in vars(self)[_BONDS]:
+            bond.check()
+        return input
+
 
 class AbsorbedBatchNorm2d(nn.BatchNorm2d):
     """Keeps parameters, statistics and mode for the convolution that does its work."""
@@ -152,14 +203,22 @@ def swap_conv(conv: nn.Conv2d, tie: Tie | None, *, activation, pool_size, **pool
     ``tie``: to the batch norm among them.
     """
     block = {"pool_stride": None, "pool_padding": 0, "ceil_mode": False, **pool}
-    change_class(
-        conv, SwappedConvBlock, **block, pool_size=pool_size, activation=activation, batch_norm=tie
-    )
+    block |= {"pool_size": pool_size, "activation": activation, "batch_norm": tie}
+    change_class(conv, SwappedConvBlock, **block, **{_BONDS: []})
 
 
 def absorb(module: nn.Module) -> None:
     """Make ``module`` hand its input through."""
-    change_class(module, Absorbed)
+    change_class(module, Absorbed, **{_BONDS: []})
+
+
+def bond(conv: nn.Conv2d, absorbed: nn.Module) -> None:
+    """From now on each of the two notices when the other is replaced."""
+    between = Bond()
+    between.bind_convolution(conv)
+    between.bind_absorbed(absorbed)
+    for module in (conv, absorbed):
+        vars(module)[_BONDS].append(between)
 
 
 def absorb_batch_norm(owner: nn.Module, name: str) -> Tie:
