@@ -1,6 +1,7 @@
 // Checks of the conv block's arguments, and the sizes and memory formats that follow from them.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -128,11 +129,11 @@ inline ConvBlockShape check_conv_block(const char* op, const Tensor& input, cons
   FASTCLS_CHECK(s.out_h >= 1 && s.out_w >= 1, op, ": pool_size (", s.pool_h, ", ", s.pool_w,
                 ") can't be greater than the padded conv map (", s.conv_h + 2 * s.pool_pad_h, " x ",
                 s.conv_w + 2 * s.pool_pad_w, ")");
-  // A step that is never taken is 1, so that no product of steps goes beyond the image.
+  // A step that is never taken is cut down, so that no product of steps goes beyond the image.
   if (s.conv_h == 1) s.stride_h = 1;
   if (s.conv_w == 1) s.stride_w = 1;
-  if (s.out_h == 1) s.pool_stride_h = 1;
-  if (s.out_w == 1) s.pool_stride_w = 1;
+  if (s.out_h == 1) s.pool_stride_h = std::min(s.pool_stride_h, s.pool_h);
+  if (s.out_w == 1) s.pool_stride_w = std::min(s.pool_stride_w, s.pool_w);
   return s;
 }
 

@@ -430,8 +430,16 @@ def test_full_disk_is_told_and_nothing_is_lost(size, reason, whole, tmp_path):
     assert_same_numbers(out, whole)
 
 
+@pytest.fixture
+def heard():
+    """The end of the terminal, which is ignored where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("signum", runs.STOPS, ids=lambda s: s.name)
-def test_signals_save_the_running_epoch(signum, whole, tmp_path, monkeypatch, capsys):
+def test_signals_save_the_running_epoch(signum, heard, whole, tmp_path, monkeypatch, capsys):
     train_step, calls = Trainer.train_step, []
 
     def press(self, *batch):
