@@ -81,32 +81,38 @@ class Bond:
     """
 
     def __init__(self):
-        self._convolution = self._absorbed = _anything
+        self._ends = []
 
     def __reduce__(self):
         return Bond, ()
 
-    def bind_convolution(self, convolution: nn.Module) -> None:
-        if self._convolution is _anything:  # not so for a shallow copy
-            self._convolution = weakref.ref(convolution)
-
-    def bind_absorbed(self, absorbed: nn.Module) -> None:
-        if self._absorbed is _anything:
-            self._absorbed = weakref.ref(absorbed)
+    def bind(self, module: nn.Module) -> None:
+        if len(self._ends) < 2:  # not so for a shallow copy
+            self._ends.append(weakref.ref(module))
 
     def check(self) -> None:
-        if self._convolution() is None or self._absorbed() is None:
-            raise RuntimeError(
-                "FusedConvBlock: a layer of the chain that fuse made one op of was replaced; "
-                "unfuse the model before you take it apart"
-            )
+        for end in self._ends:
+            if end() is None:
+                raise RuntimeError(
+                    "FusedConvBlock: a layer of the chain that fuse made one op of was replaced; "
+                    "unfuse the model before you take it apart"
+                )
 
 
-def _anything():
-    return True
+class Bonded(nn.Module):
+    """One of those that bonds hold together."""
+
+    def __setstate__(self, state):  # of a copy
+        super().__setstate__(state)
+        for bond in vars(self)[_BONDS]:
+            bond.bind(self)
+
+    def check_bonds(self) -> None:
+        for bond in vars(self)[_BONDS]:
+            bond.check()
 
 
-class SwappedConvBlock(FusedConvBlock):
+class SwappedConvBlock(Bonded, FusedConvBlock):
     """A convolution of the user's that does the steps after it too.
 
     With batch norm among them it folds it into the weight in evaluation, anew in each call, since
@@ -116,14 +122,8 @@ class SwappedConvBlock(FusedConvBlock):
     def _get_name(self):
         return "FusedConvBlock"
 
-    def __setstate__(self, state):  # of a copy
-        super().__setstate__(state)
-        for bond in vars(self)[_BONDS]:
-            bond.bind_convolution(self)
-
     def forward(self, input):
-        for bond in vars(self)[_BONDS]:
-            bond.check()
+        self.check_bonds()
         weight, bias = self.weight, self.bias
         if self.batch_norm is not None:
             batch_norm = self.batch_norm.batch_norm()
@@ -160,20 +160,14 @@ class SwappedConvBlock(FusedConvBlock):
         return text if self.batch_norm is None else f"{text}, batch_norm={self.batch_norm.name!r}"
 
 
-class Absorbed(nn.Identity):
+class Absorbed(Bonded, nn.Identity):
     """Holds the place of a module whose work a fused one does."""
 
     def _get_name(self):
         return f"Absorbed{vars(self)[_NATIVE_CLASS].__name__}"
 
-    def __setstate__(self, state):  # of a copy
-        super().__setstate__(state)
-        for bond in vars(self)[_BONDS]:
-            bond.bind_absorbed(self)
-
     def forward(self, input):
-        for bond in vars(self)[_BONDS]:
-            bond.check()
+        self.check_bonds()
         return input
 
 
@@ -215,9 +209,8 @@ def absorb(module: nn.Module) -> None:
 def bond(conv: nn.Conv2d, absorbed: nn.Module) -> None:
     """From now on each of the two notices when the other is replaced."""
     between = Bond()
-    between.bind_convolution(conv)
-    between.bind_absorbed(absorbed)
     for module in (conv, absorbed):
+        between.bind(module)
         vars(module)[_BONDS].append(between)
 
 
