@@ -246,8 +246,10 @@ struct Kernels {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, P> && std::is_same_v<Acc, float>) {
       if (!fast_path_serves(run)) return;
-      if (isa() >= Isa::kAvx512) use(avx512::cross_entropy_kernels<T>());
       if (isa() == Isa::kAvx2) use(avx2::cross_entropy_kernels<T>());
+      if (isa() >= Isa::kAvx512) use(avx512::cross_entropy_kernels<T>());
+      if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>)
+        if (isa() == Isa::kAvx512Bf16) use(avx512_bf16::cross_entropy_kernels<T>());
     }
 #endif
   }

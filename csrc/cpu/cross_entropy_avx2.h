@@ -6,7 +6,9 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>

@@ -46,5 +46,9 @@ namespace avx512 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();
 }  // namespace avx512
+namespace avx512_bf16 {  // of bfloat16 alone
+template <typename T>
+CrossEntropyKernels<T> cross_entropy_kernels();
+}  // namespace avx512_bf16
 
 }  // namespace fastcls::cpu

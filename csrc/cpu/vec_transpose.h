@@ -20,6 +20,15 @@ inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
 inline __m128i to_half(__m256 v, const Half*) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+#if defined(FASTCLS_AVX512_BF16)
+// Numbers below the smallest normal one become 0.
+inline __m128i to_half(__m256 v, const BFloat16*) {
+  return std::bit_cast<__m128i>(_mm256_cvtneps_pbh(v));
+}
+inline __m256i to_half(__m512 v, const BFloat16*) {
+  return std::bit_cast<__m256i>(_mm512_cvtneps_pbh(v));
+}
+#else
 // Rounds to nearest, ties to even: adds just under half of the last kept bit, and that bit.
 inline __m128i to_half(__m256 v, const BFloat16*) {
   const __m256i bits = _mm256_castps_si256(v);
@@ -30,6 +39,7 @@ inline __m128i to_half(__m256 v, const BFloat16*) {
   const __m256i words = _mm256_srli_epi32(result, 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
+#endif
 template <typename T>
 inline void store8(T* p, __m256 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_half(v, p));
@@ -131,6 +141,7 @@ inline void transpose4x2(__m256 (&r)[4]) {
 inline __m256i to_half(__m512 v, const Half*) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+#if !defined(FASTCLS_AVX512_BF16)
 inline __m256i to_half(__m512 v, const BFloat16*) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -139,6 +150,7 @@ inline __m256i to_half(__m512 v, const BFloat16*) {
                                                _mm512_set1_epi32(0x7fc00000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
+#endif
 
 inline void store16(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 template <typename T>

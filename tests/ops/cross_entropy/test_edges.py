@@ -36,6 +36,19 @@ def test_shifted_logits_keep_their_digits(device, shift, C):
     assert_like_native(input + shift, target, what=f"shift {shift}", reduction="none")
 
 
+@pytest.mark.parametrize("C", [2, 10, 100, 300])
+def test_every_exponential_keeps_its_digits(device, C):
+    """Of two classes that differ by up to 20, at every fraction of the powers of two between."""
+    difference = torch.linspace(0, 20, 1500, device=device)
+    input = torch.full((len(difference), C), -INF, device=device)
+    input[:, 0], input[:, -1] = 0, -difference
+    target = torch.zeros(len(difference), dtype=torch.int64, device=device)
+    input.requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(input, target, reduction="sum"), input)
+    exact = torch.sigmoid(-difference.double())
+    torch.testing.assert_close(grad[:, -1].double(), exact, rtol=7e-7, atol=0)
+
+
 @pytest.mark.parametrize("C", [10, 100])
 @pytest.mark.parametrize("magnitude", [50.0, 200.0, 1e4, 3e38])
 def test_large_logits(device, magnitude, C):

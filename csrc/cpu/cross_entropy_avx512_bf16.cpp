@@ -1,0 +1,37 @@
+// The cross-entropy kernels for AVX-512 (F, BW, DQ, VL) with BF16, which serve bfloat16 alone.
+
+#include "cpu/cross_entropy_fast.h"
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <immintrin.h>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,popcnt")
+#define FASTCLS_AVX512
+#define FASTCLS_AVX512_BF16
+#define FASTCLS_DTYPE BFloat16
+
+namespace fastcls::cpu::avx512_bf16 {
+#include "cpu/vec.h"
+#include "cpu/vec_transpose.h"
+#include "cpu/vec_math.h"
+#include "cpu/cross_entropy_kernels.h"
+}  // namespace fastcls::cpu::avx512_bf16
+
+#pragma GCC pop_options
+
+#endif
