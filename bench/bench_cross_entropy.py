@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -23,13 +24,18 @@ from fastcls import functional
 
 @dataclass(frozen=True)
 class Case:
-    """Logits (batch, classes) and class-index targets."""
+    """Logits (batch, classes, *places) and class-index targets."""
 
     name: str
     why: str
     classes: int
     label_smoothing: float = 0.0
     batch: int = 3
+    places: tuple[int, ...] = ()
+    ignored: float = 0.0  # part of the targets
+
+    def shape(self, batch):
+        return batch, self.classes, *self.places
 
 
 CASES = [
@@ -39,6 +45,14 @@ CASES = [
     Case("rows128", "128 rows: overhead and arithmetic", 10, batch=128),
     Case("many-rows", "few classes, many rows: one row is shorter than a vector", 10, batch=16384),
     Case("binary", "the fewest classes", 2, batch=16384),
+    Case(
+        "segmentation",
+        "every pixel a row, strided classes, borders that do not count",
+        classes=21,
+        batch=4,
+        places=(128, 128),
+        ignored=0.1,
+    ),
     Case("classes100", "CIFAR-100", 100, batch=4096),
     Case("imagenet1000", "ImageNet", 1000, batch=512),
     Case("wide32k", "a row of 128 KB", 32000, batch=256),
@@ -57,21 +71,26 @@ CUDA_CASES = [
     Case("wide256k", "a row of 1 MB", 262144, batch=1024),
 ]
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", "float16", "float32"]}
+IGNORED = -100  # the losses' default
 IN_GRAPH, MOST_IN_GRAPH = 16, 1 << 14  # losses of a graph; logits of each
 BUFFER_BYTES, MAX_BUFFERS = 256 << 20, 16
 MOST_CHECKED = 1 << 26  # logits
 
 
 def make_data(case, dtype, batch):
-    """(logits [N, C], targets [N])"""
-    logits = (3 * torch.randn(batch, case.classes)).to(dtype)
-    return logits.requires_grad_(), torch.randint(case.classes, (batch,))
+    """(logits [N, C, ...], targets [N, ...])"""
+    logits = (3 * torch.randn(case.shape(batch))).to(dtype)
+    target = torch.randint(case.classes, (batch, *case.places))
+    if case.ignored:
+        target[torch.rand(target.shape) < case.ignored] = IGNORED
+    return logits.requires_grad_(), target
 
 
 def work(case, mode, dtype, batch):
     """Bytes that must move at least: the logits once, the gradient once, the targets."""
-    logits = batch * case.classes * dtype.itemsize
-    once = logits * (1 if mode == "infer" else 2) + 8 * batch
+    logits = math.prod(case.shape(batch))
+    targets = logits // case.classes
+    once = logits * dtype.itemsize * (1 if mode == "infer" else 2) + 8 * targets
     return {"bytes": once * (IN_GRAPH if mode == "graph" else 1)}
 
 
@@ -183,7 +202,7 @@ def check(case, mode, dtype, batch):
     """Fused against native on the same logits: at most twice the error, against float64."""
     torch.manual_seed(0)
     # As many rows as processes that share a GPU have room for in float64.
-    logits, target = make_data(case, dtype, min(batch, MOST_CHECKED // case.classes))
+    logits, target = make_data(case, dtype, min(batch, MOST_CHECKED // math.prod(case.shape(1))))
     exact = logits.detach().double().requires_grad_()
     results = (
         STEPS[mode](functional.cross_entropy, case, as_in_training(dtype), logits, target),
@@ -197,7 +216,7 @@ def check(case, mode, dtype, batch):
 @pytest.mark.parametrize("mode", STEPS)
 def test_cross_entropy(case, batch, mode, dtype, threads, peers, measure):
     kind = torch_dtype(dtype)
-    if mode == "graph" and (on_cuda() or batch * case.classes > MOST_IN_GRAPH):
+    if mode == "graph" and (on_cuda() or math.prod(case.shape(batch)) > MOST_IN_GRAPH):
         pytest.skip("only for logits so few that starting the backward pass matters")
     if measure:
         row = {

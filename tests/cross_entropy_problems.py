@@ -34,6 +34,7 @@ SHAPES = [
     ((2, 5003), "more classes than a block of rows holds elements of a row"),
     ((2, 7, 9), "classes strided, rows next to each other"),
     ((2, 3, 4, 5), "segmentation map"),
+    ((2, 300, 3, 6), "a tile of strided classes that outgrows the stack"),
     ((2, 33, 2, 3, 2), "five dimensions"),
 ]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape, _ in SHAPES]

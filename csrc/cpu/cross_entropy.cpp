@@ -25,14 +25,17 @@ using torch::stable::parallel_for;
 // its targets fit the first-level cache where classes are few.
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kMaxBlockRows = 512;
+constexpr int64_t kLeastStridedRows = 32;
 // Elements that are worth waking a thread for.
 constexpr int64_t kThreadElements = 32768;
 constexpr int64_t kOneThread = std::numeric_limits<int64_t>::max() / 2;
 
-// Whole tiles of the kernels, where there is one.
-int64_t block_rows(int64_t C) {
+// Whole tiles of the kernels, where there is one. Of strided classes there always is: a class has
+// neighbouring rows in one line of the cache.
+int64_t block_rows(const RowLayout& layout) {
+  const int64_t least = layout.class_stride[kInput] == 1 ? 1 : kLeastStridedRows;
   const int64_t rows =
-      std::clamp<int64_t>(kBlockElements / std::max<int64_t>(C, 1), 1, kMaxBlockRows);
+      std::clamp(kBlockElements / std::max<int64_t>(layout.C, 1), least, kMaxBlockRows);
   return rows < kPadding ? rows : rows / kPadding * kPadding;
 }
 
@@ -108,7 +111,7 @@ RowLoops row_loops() {
   if (isa() >= Isa::kAvx512) return avx512::cross_entropy_kernels<float>().loops;
   if (isa() == Isa::kAvx2) return avx2::cross_entropy_kernels<float>().loops;
 #endif
-  return {&all_in_range, &sum_of<float>};
+  return {&all_in_range, &copy_classes, &sum_of<float>};
 }
 
 double sum_of_losses(const float* losses, int64_t n) { return row_loops().sum(losses, n); }
@@ -160,11 +163,11 @@ struct Problem {
                       std::atomic<int64_t>* bad) const {
     if (common.prob) return n;
     run->y = plain_classes ? plain_classes + begin : y;
-    if (!plain_classes) copy_classes(begin, n, y, bad);
-    if (!common.weight && plain_classes) return n;
+    const int64_t valid = plain_classes ? n : copy_to(begin, n, y, bad);
+    if (!common.weight) return valid;
     double sum = 0;
     for (int64_t i = 0; i < n; ++i)
-      if (run->y[i] != kIgnored) sum += common.weight ? common.weight[run->y[i]] : Acc(1);
+      if (run->y[i] != kIgnored) sum += common.weight[run->y[i]];
     return sum;
   }
 
@@ -188,21 +191,35 @@ struct Problem {
   }
 
  private:
-  void copy_classes(int64_t begin, int64_t n, int64_t* y, std::atomic<int64_t>* bad) const {
+  // Returns how many of them are not ignored.
+  int64_t copy_to(int64_t begin, int64_t n, int64_t* y, std::atomic<int64_t>* bad) const {
+    const int64_t* classes = y;
+    if (target.type == ScalarType::Long) {
+      classes = static_cast<const int64_t*>(target.data) + begin;
+    } else {
+      visit_index(target.type, target.data, [&](auto* data) {
+        std::transform(data + begin, data + begin + n, y,
+                       [](auto value) { return static_cast<int64_t>(value); });
+      });
+    }
+    const int64_t valid = row_loops().copy_classes(classes, n, layout.C, ignore_index, y);
+    return valid < 0 ? find_first_bad(begin, n, bad) : valid;
+  }
+
+  // `bad` becomes the first row in [begin, begin + n) whose target is out of range, unless it is
+  // one before already. Returns 0.
+  int64_t find_first_bad(int64_t begin, int64_t n, std::atomic<int64_t>* bad) const {
     visit_index(target.type, target.data, [&](auto* data) {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t value = static_cast<int64_t>(data[begin + i]);
-        y[i] = value;
-        if (value == ignore_index) {
-          y[i] = kIgnored;
-        } else if (value < 0 || value >= layout.C) {
-          y[i] = kIgnored;
-          int64_t first = bad->load();
-          while (begin + i < first && !bad->compare_exchange_weak(first, begin + i)) {
-          }
-        }
+      const auto is_bad = [&](auto value) {
+        const int64_t y = static_cast<int64_t>(value);
+        return y != ignore_index && (y < 0 || y >= layout.C);
+      };
+      const int64_t row = std::find_if(data + begin, data + begin + n, is_bad) - data;
+      int64_t first = bad->load();
+      while (row < first && !bad->compare_exchange_weak(first, row)) {
       }
     });
+    return 0;
   }
 
   void spread_uniformly() {
@@ -218,7 +235,7 @@ struct Problem {
 };
 
 int64_t number_of_blocks(const RowLayout& layout) {
-  const int64_t size = block_rows(layout.C);
+  const int64_t size = block_rows(layout);
   return (layout.rows + size - 1) / size;
 }
 
@@ -226,7 +243,7 @@ int64_t number_of_blocks(const RowLayout& layout) {
 // gets `thread_elements` logits.
 template <typename F>
 void for_each_block(const RowLayout& layout, int64_t thread_elements, const F& f) {
-  const int64_t size = block_rows(layout.C), blocks = number_of_blocks(layout);
+  const int64_t size = block_rows(layout), blocks = number_of_blocks(layout);
   auto some = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       f(block, block * size, std::min(size, layout.rows - block * size));
@@ -236,30 +253,29 @@ void for_each_block(const RowLayout& layout, int64_t thread_elements, const F& f
   parallel_for(0, blocks, std::max<int64_t>(thread_elements / per_block, 1), some);
 }
 
-// The kernels that serve a run: those of the instruction set in use, or the general ones.
-template <typename T, typename P, typename Acc>
-struct Kernels {
-  void (*forward)(const RowRun<T, P, Acc>&) = forward_general<T, P, Acc>;
-  void (*backward)(const RowRun<T, P, Acc>&) = backward_general<T, P, Acc>;
-
-  explicit Kernels(const RowRun<T, P, Acc>& run) {
 #if defined(__x86_64__)
-    if constexpr (std::is_same_v<T, P> && std::is_same_v<Acc, float>) {
-      if (!fast_path_serves(run)) return;
-      if (isa() == Isa::kAvx2) use(avx2::cross_entropy_kernels<T>());
-      if (isa() >= Isa::kAvx512) use(avx512::cross_entropy_kernels<T>());
-      if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>)
-        if (isa() == Isa::kAvx512Bf16) use(avx512_bf16::cross_entropy_kernels<T>());
-    }
+// Those of the instruction set in use, which is not kScalar.
+template <typename T>
+CrossEntropyKernels<T> fast_kernels() {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>)
+    if (isa() == Isa::kAvx512Bf16) return avx512_bf16::cross_entropy_kernels<T>();
+  return isa() >= Isa::kAvx512 ? avx512::cross_entropy_kernels<T>()
+                               : avx2::cross_entropy_kernels<T>();
+}
 #endif
-  }
 
- private:
-  template <typename Table>
-  void use(const Table& table) {
-    forward = table.forward, backward = table.backward;
+template <typename T, typename P, typename Acc>
+RowKernels<T, P, Acc> kernels_for(const RowRun<T, P, Acc>& run) {
+#if defined(__x86_64__)
+  if (isa() != Isa::kScalar && run.C > 0) {
+    if constexpr (std::is_same_v<Acc, float> && std::is_same_v<T, P>)
+      return fast_kernels<T>().own;
+    else if constexpr (std::is_same_v<Acc, float> && std::is_same_v<P, float>)
+      return fast_kernels<T>().wide;
   }
-};
+#endif
+  return {forward_general<T, P, Acc>, backward_general<T, P, Acc>};
+}
 
 struct BlockSum {
   double loss = 0, weight = 0;
@@ -323,7 +339,7 @@ int64_t forward(Problem<T, P, Acc>& problem, int64_t reduction, const Outputs& o
   const Acc unit =
       divide ? static_cast<Acc>(1 / mean_divisor(total_weight(problem, &bad))) : Acc(1);
   if (bad < layout.rows) throw_out_of_range(problem.target, bad, layout.C);
-  const Kernels<T, P, Acc> kernels(problem.common);
+  const RowKernels<T, P, Acc> kernels = kernels_for(problem.common);
   for_each_block(layout, kThreadElements, [&](int64_t i, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];
     Acc losses[kMaxBlockRows + kPadding], scale[kMaxBlockRows + kPadding];
@@ -361,7 +377,7 @@ void backward(const Problem<T, P, Acc>& problem, int64_t reduction, const Tensor
   // Only read: the kernels' struct is shared with the forward pass, which writes them.
   Acc* save = const_cast<Acc*>(static_cast<const Acc*>(saved.const_data_ptr()));
   const FlatValues<Acc> grads(grad_loss);
-  const Kernels<T, P, Acc> kernels(problem.common);
+  const RowKernels<T, P, Acc> kernels = kernels_for(problem.common);
   const Acc divisor = reduction == kMean ? save[2 * layout.rows] : Acc(1);
   for_each_block(layout, kThreadElements, [&](int64_t, int64_t begin, int64_t n) {
     int64_t y[kMaxBlockRows];

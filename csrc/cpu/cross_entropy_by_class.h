@@ -61,15 +61,15 @@ struct Maxima {
 };
 
 // q of the classes [c, c + kLanes) of a row with probabilities t.
-template <Spread kSpread, typename T>
-inline Vec class_q(const Run<T>& run, const T* t, int64_t c) {
+template <Spread kSpread, typename T, typename P>
+inline Vec class_q(const Run<T, P>& run, const P* t, int64_t c) {
   if constexpr (kSpread == Spread::kSmoothing) return Vec::load(run.uniform + c);
   const Vec q = Vec::fma(Vec::set(run.keep), Vec::load(t + c), Vec::set(run.spread));
   return run.weight ? q * Vec::load(run.weight + c) : q;
 }
 
-template <typename T>
-float row_maximum(const Run<T>& run, const T* x) {
+template <typename T, typename P>
+float row_maximum(const Run<T, P>& run, const T* x) {
   Maxima most;
   for_each_vector(run.C, [&](int i, int64_t c, auto) { most.add(i, Vec::load(x + c)); });
   return reduce_max(most.lanes());
@@ -87,12 +87,12 @@ struct RowSums {
   Vec greatest;  // logits, by lane, without Shift::kMaximum
 };
 
-template <Spread kSpread, Shift kShift, bool kStore, typename T>
-RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers,
+template <Spread kSpread, Shift kShift, bool kStore, typename T, typename P>
+RowSums sum_classes(const Run<T, P>& run, int64_t row, int64_t ahead, float m, float* powers,
                     int64_t begin, int64_t end) {
   const T* x = run.x + row * run.x_row;
   const T* next = x + ahead * run.x_row;
-  const T* t = run.t + row * run.t_row;
+  const P* t = run.t + row * run.t_row;
   const Vec maximum = Vec::set(m);
   Sums sum, q_sum, q_dot;
   Maxima most;
@@ -123,14 +123,13 @@ RowSums sum_classes(const Run<T>& run, int64_t row, int64_t ahead, float m, floa
   return {sum.total(), q_sum.total(), q_dot.total(), most.lanes()};
 }
 
-// Of all classes, by segments: of a hundred thousand terms one after the other, each rounds away
-// more of the next.
-constexpr int64_t kSegment = 16384;
-template <Spread kSpread, Shift kShift, bool kStore, typename T>
-RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* powers) {
+// Of all classes, by segments as above, of vectors that four sums share.
+constexpr int64_t kLongSegment = 16384;
+template <Spread kSpread, Shift kShift, bool kStore, typename T, typename P>
+RowSums sum_row(const Run<T, P>& run, int64_t row, int64_t ahead, float m, float* powers) {
   RowSums total{0, 0, 0, Maxima().lanes()};
-  for (int64_t begin = 0; begin < run.C; begin += kSegment) {
-    const int64_t end = std::min(run.C, begin + kSegment);
+  for (int64_t begin = 0; begin < run.C; begin += kLongSegment) {
+    const int64_t end = std::min(run.C, begin + kLongSegment);
     const RowSums part =
         sum_classes<kSpread, kShift, kStore>(run, row, ahead, m, powers, begin, end);
     total.greatest = Vec::max(part.greatest, total.greatest);
@@ -141,10 +140,10 @@ RowSums sum_row(const Run<T>& run, int64_t row, int64_t ahead, float m, float* p
 
 // Writes factor source(c) - scale q_c for all c, and g_y at y. The ragged vector is calculated
 // first: `source` may read what the others overwrite.
-template <Spread kSpread, typename T, typename Source>
-void write_row_gradient(const Run<T>& run, int64_t row, float factor, float g_y,
+template <Spread kSpread, typename T, typename P, typename Source>
+void write_row_gradient(const Run<T, P>& run, int64_t row, float factor, float g_y,
                         const Source& source) {
-  const T* t = run.t + row * run.t_row;
+  const P* t = run.t + row * run.t_row;
   T* grad = run.grad + row * run.grad_row;
   const Vec factors = Vec::set(factor), scale = Vec::set(run.scale[row]);
   const auto gradient = [&](int64_t c) {
@@ -159,8 +158,8 @@ void write_row_gradient(const Run<T>& run, int64_t row, float factor, float g_y,
 }
 
 // scale ((Q p_y - u_y) - at_target)
-template <typename T>
-float gradient_at_target(const Run<T>& run, int64_t row, float q_sum, float p_y) {
+template <typename T, typename P>
+float gradient_at_target(const Run<T, P>& run, int64_t row, float q_sum, float p_y) {
   if (run.prob) return 0;
   const int64_t y = run.y[row];
   const float at_target = target_weight(run, y), u_y = run.uniform ? run.uniform[y] : 0.0f;
@@ -168,8 +167,8 @@ float gradient_at_target(const Run<T>& run, int64_t row, float q_sum, float p_y)
 }
 
 // The same as is_hit, where the maximum is known.
-template <typename T>
-bool row_is_hit(const Run<T>& run, int64_t row, float m, float sum) {
+template <typename T, typename P>
+bool row_is_hit(const Run<T, P>& run, int64_t row, float m, float sum) {
   const T* x = run.x + row * run.x_row;
   const int64_t y = run.y[row];
   if (!(sum < std::numeric_limits<float>::infinity())) return is_hit(run, row);  // NaN or +inf
@@ -191,8 +190,8 @@ struct ClassRows {
 };
 
 // Without the maximum; false where that is not sure to serve.
-template <bool kStore, typename T>
-bool sum_near_zero(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+template <bool kStore, typename T, typename P>
+bool sum_near_zero(const Run<T, P>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
                    ClassRows* r) {
   const int64_t y = run.y[row];
   const RowSums sums = sum_row<Spread::kNone, Shift::kNone, kStore>(run, row, ahead, 0, powers);
@@ -211,8 +210,8 @@ bool sum_near_zero(const Run<T>& run, int64_t row, int64_t ahead, float* powers,
   return true;
 }
 
-template <Spread kSpread, bool kStore, typename T>
-void sum_below_maximum(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+template <Spread kSpread, bool kStore, typename T, typename P>
+void sum_below_maximum(const Run<T, P>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
                        ClassRows* r) {
   const float m = row_maximum(run, run.x + row * run.x_row);
   const RowSums sums = sum_row<kSpread, Shift::kMaximum, kStore>(run, row, ahead, m, powers);
@@ -225,8 +224,8 @@ void sum_below_maximum(const Run<T>& run, int64_t row, int64_t ahead, float* pow
   if (run.hits) *run.hits += row_is_hit(run, row, m, sums.sum);
 }
 
-template <Spread kSpread, bool kStore, typename T>
-void sum_class_row(const Run<T>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
+template <Spread kSpread, bool kStore, typename T, typename P>
+void sum_class_row(const Run<T, P>& run, int64_t row, int64_t ahead, float* powers, int64_t i,
                    ClassRows* r) {
   if constexpr (kSpread == Spread::kNone)
     if (!run.maximum && sum_near_zero<kStore>(run, row, ahead, powers, i, r)) return;
@@ -235,8 +234,8 @@ void sum_class_row(const Run<T>& run, int64_t row, int64_t ahead, float* powers,
 
 // One step for all rows, then the next one: the sums across lanes at a step's end take their time,
 // which the next row's beginning fills. `powers`: kLanes rows [C], if T is not float.
-template <Spread kSpread, typename T>
-void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* powers) {
+template <Spread kSpread, typename T, typename P>
+void forward_by_class(const Run<T, P>& run, int64_t first, int64_t rows, float* powers) {
   ClassRows r;
   const auto class_of = [&](int64_t i) { return run.prob ? 0 : run.y[first + i]; };
   // Float gradients take the powers' place, vector by vector.
@@ -268,8 +267,8 @@ void forward_by_class(const Run<T>& run, int64_t first, int64_t rows, float* pow
   finish_rows(run, &losses, 1, rows, [&](int64_t) { return first; });
 }
 
-template <Spread kSpread, typename T>
-void backward_by_class(const Run<T>& run, int64_t row) {
+template <Spread kSpread, typename T, typename P>
+void backward_by_class(const Run<T, P>& run, int64_t row) {
   const T* x = run.x + row * run.x_row;
   const int64_t y = run.prob ? kIgnored : run.y[row];
   if (!run.prob && y == kIgnored) {  // zero even where the logits are NaN
@@ -279,7 +278,7 @@ void backward_by_class(const Run<T>& run, int64_t row) {
   const Vec m = Vec::set(run.maximum[row]), log_sum = Vec::set(run.log_sum[row]);
   float q_sum = run.prob ? 0 : run.uniform_sum;
   if constexpr (kSpread == Spread::kProbabilities) {
-    const T* t = run.t + row * run.t_row;
+    const P* t = run.t + row * run.t_row;
     Sums sum;
     for_each_vector(run.C, [&](int i, int64_t c, auto ragged) {
       const Vec q = class_q<kSpread>(run, t, c);

@@ -13,8 +13,9 @@
 // All end in the same last step, the loss, and calculate each exponential once: it is kept until
 // the row's sum is known.
 
-template <typename T>
-using Run = RowRun<T, T, float>;
+// Only rows with probabilities have P, their dtype, other than T.
+template <typename T, typename P = T>
+using Run = RowRun<T, P, float>;
 
 // What the target spreads over all classes: nothing, smoothing, or its probabilities.
 enum class Spread { kNone, kSmoothing, kProbabilities };
@@ -28,18 +29,41 @@ struct Rows {
   Vec at_target;     // weight of the row's class, times keep
 };
 
+// The classes of rows [0, rows) as floats, kIgnored included; 0 in the other lanes.
+inline Vec class_numbers(const int64_t* y, int64_t rows) {
+#if defined(FASTCLS_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+  const __m512i low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), y);
+  const __m512i high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), y + 8);
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtepi64_ps(low)),
+                             _mm512_cvtepi64_ps(high), 1)};
+#else
+  return lanes_of([&](int i) { return i < rows ? static_cast<float>(y[i]) : 0.0f; });
+#endif
+}
+
+// Rows that are not ignored, of those from `first` on; and lanes without a row.
+template <typename T, typename P>
+inline typename Vec::Mask are_valid(const Run<T, P>& run, int64_t first, int64_t rows) {
+  return Vec::not_less(class_numbers(run.y + first, rows), Vec::zero());
+}
+
 // at_target of one row; 0 where it is ignored.
-template <typename T>
-inline float target_weight(const Run<T>& run, int64_t y) {
+template <typename T, typename P>
+inline float target_weight(const Run<T, P>& run, int64_t y) {
   return y == kIgnored ? 0.0f : run.weight ? run.keep * run.weight[y] : run.keep;
 }
+
+// Rows are put side by side, one to a lane, in a tile of C vectors, which stays within the
+// first-level cache up to here (16 KiB of AVX-512 vectors).
+constexpr int64_t kMaxTileClasses = 256;
 
 // The losses of several tiles are finished together: a logarithm alone would keep the processor
 // waiting.
 constexpr int kTilesInStep = 8;
 
-template <typename T>
-void save_rows(const Run<T>& run, int64_t first, int64_t rows, Vec maximum, Vec log_sum) {
+template <typename T, typename P>
+void save_rows(const Run<T, P>& run, int64_t first, int64_t rows, Vec maximum, Vec log_sum) {
   if (rows == kLanes) {
     maximum.store(run.maximum + first), log_sum.store(run.log_sum + first);
   } else {
@@ -49,19 +73,25 @@ void save_rows(const Run<T>& run, int64_t first, int64_t rows, Vec maximum, Vec 
 
 // loss = sum of q (log_sum + maximum - x), in tiles of `rows` rows from first_of(tile) on. What few
 // calls need besides the losses has loops of its own: a call in a loop takes all vector registers.
-template <typename T, typename F>
-void finish_rows(const Run<T>& run, const Rows* of_tile, int64_t tiles, int64_t rows,
+template <typename T, typename P, typename F>
+void finish_rows(const Run<T, P>& run, const Rows* of_tile, int64_t tiles, int64_t rows,
                  const F& first_of) {
   for (int64_t i = 0; i < tiles; ++i) {
     const Rows& r = of_tile[i];
     const Vec log_sum = log(r.sum), spread = Vec::fma(r.q_sum, log_sum, r.q_dot);
     Vec::fma(r.at_target, log_sum - r.below_y, spread).store(run.loss + first_of(i));
   }
-  for (int64_t i = 0; i < tiles && !run.prob && !run.all_valid; ++i)
-    for (int64_t row = first_of(i); row < first_of(i) + rows; ++row)
-      if (run.y[row] == kIgnored) run.loss[row] = 0;
+  for (int64_t i = 0; i < tiles && !run.prob && !run.all_valid; ++i) {
+    float* loss = run.loss + first_of(i);
+    Vec::select(are_valid(run, first_of(i), rows), Vec::load(loss), Vec::zero()).store(loss);
+  }
   for (int64_t i = 0; i < tiles && run.maximum; ++i)
     save_rows(run, first_of(i), rows, of_tile[i].maximum, log(of_tile[i].sum));
+}
+
+template <typename T, typename P>
+bool classes_are_adjacent(const Run<T, P>& run) {
+  return run.x_class == 1 && (!run.prob || run.t_class == 1) && (!run.grad || run.grad_class == 1);
 }
 
 #include "cpu/cross_entropy_tile.h"
@@ -79,22 +109,22 @@ void finish_rows(const Run<T>& run, const Rows* of_tile, int64_t tiles, int64_t 
 constexpr int64_t kFewClasses = kLanes == 16 ? 64 : 96;
 constexpr int64_t kGroupedClasses = 512;
 
-template <typename T>
-bool use_tile(const Run<T>& run) {
+template <typename T, typename P>
+bool use_tile(const Run<T, P>& run) {
   return run.C <= kFewClasses || !classes_are_adjacent(run);
 }
 
-template <Spread kSpread, typename T>
-ForwardTiles<T> tiles_kernel(const Run<T>& run) {
-  ForwardTiles<T> kernel = nullptr;
+template <Spread kSpread, typename T, typename P>
+ForwardTiles<T, P> tiles_kernel(const Run<T, P>& run) {
+  ForwardTiles<T, P> kernel = nullptr;
   if constexpr (kSpread == Spread::kNone) kernel = flat_kernel(run);
   if (!kernel) kernel = quads_kernel<kSpread>(run);
-  return kernel || !use_tile(run) ? kernel : &forward_tiles<kSpread, T>;
+  return kernel || !use_tile(run) ? kernel : &forward_tiles<kSpread, T, P>;
 }
 
-template <Spread kSpread, typename T>
-void forward_rows_with(const Run<T>& run) {
-  const ForwardTiles<T> forward = tiles_kernel<kSpread>(run);
+template <Spread kSpread, typename T, typename P>
+void forward_rows_with(const Run<T, P>& run) {
+  const ForwardTiles<T, P> forward = tiles_kernel<kSpread>(run);
   if (!forward) {
     // Several rows' logits and powers together stay in the first-level cache up to here.
     const int64_t group = run.C <= kGroupedClasses ? kLanes : 1;
@@ -113,36 +143,44 @@ void forward_rows_with(const Run<T>& run) {
   }
 }
 
-template <Spread kSpread, typename T>
-void backward_rows_with(const Run<T>& run) {
+template <Spread kSpread, typename T, typename P>
+void backward_rows_with(const Run<T, P>& run) {
+  const bool as_tiles = use_tile(run);
+  Tiles<kSpread> tiles(as_tiles ? run.C : 0);
   for (int64_t row = 0; row < run.rows; row += kLanes) {
     const int64_t rows = std::min<int64_t>(kLanes, run.rows - row);
-    if (use_tile(run)) {
-      backward_tile<kSpread>(run, row, rows);
+    if (as_tiles) {
+      backward_tile(run, row, rows, &tiles);
     } else {
       for (int64_t i = 0; i < rows; ++i) backward_by_class<kSpread>(run, row + i);
     }
   }
 }
 
-template <typename T>
-void forward_rows(const Run<T>& run) {
-  if (run.prob) return forward_rows_with<Spread::kProbabilities>(run);
-  if (run.uniform) return forward_rows_with<Spread::kSmoothing>(run);
-  return forward_rows_with<Spread::kNone>(run);
+template <typename T, typename P>
+void forward_rows(const Run<T, P>& run) {
+  if constexpr (std::is_same_v<T, P>) {
+    if (!run.prob && run.uniform) return forward_rows_with<Spread::kSmoothing>(run);
+    if (!run.prob) return forward_rows_with<Spread::kNone>(run);
+  }
+  forward_rows_with<Spread::kProbabilities>(run);
 }
 
-template <typename T>
-void backward_rows(const Run<T>& run) {
-  if (run.prob) return backward_rows_with<Spread::kProbabilities>(run);
-  if (run.uniform) return backward_rows_with<Spread::kSmoothing>(run);
-  return backward_rows_with<Spread::kNone>(run);
+template <typename T, typename P>
+void backward_rows(const Run<T, P>& run) {
+  if constexpr (std::is_same_v<T, P>) {
+    if (!run.prob && run.uniform) return backward_rows_with<Spread::kSmoothing>(run);
+    if (!run.prob) return backward_rows_with<Spread::kNone>(run);
+  }
+  backward_rows_with<Spread::kProbabilities>(run);
 }
 
 #include "cpu/cross_entropy_row_loops.h"
 
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels() {
-  return {&forward_rows<T>, &backward_rows<T>, {&all_in_range, &sum_of<float>}};
+  return {{&forward_rows<T, T>, &backward_rows<T, T>},
+          {&forward_rows<T, float>, &backward_rows<T, float>},
+          {&all_in_range, &copy_classes, &sum_of<float>}};
 }
 template CrossEntropyKernels<FASTCLS_DTYPE> cross_entropy_kernels<FASTCLS_DTYPE>();

@@ -230,8 +230,8 @@ inline Vec target_places(const int64_t* y, int64_t C) {
 
 // The number of rows from lane `from` on whose target has the first of the greatest logits. `sum`:
 // NaN for rows with NaN or infinities, which are read once more.
-template <typename K, typename T>
-[[gnu::noinline]] int64_t quad_hits(const Run<T>& run, int64_t first, int64_t from, Vec sum) {
+template <typename K, typename T, typename P>
+[[gnu::noinline]] int64_t quad_hits(const Run<T, P>& run, int64_t first, int64_t from, Vec sum) {
   const K classes{run.C};
   Vec tile[K::kMost];
   classes.load(run.x + first * classes.count(), tile);
@@ -255,8 +255,8 @@ template <typename K, typename T>
 }
 
 // q of a quad; t is the tile of the probabilities. A quad's classes go on with class 0.
-template <Spread kSpread, typename T>
-[[gnu::always_inline]] inline Vec quad_q(const Run<T>& run, const Vec* t, int64_t quad,
+template <Spread kSpread, typename T, typename P>
+[[gnu::always_inline]] inline Vec quad_q(const Run<T, P>& run, const Vec* t, int64_t quad,
                                          Place place) {
   const int64_t c = 4 * quad - place.row * run.C;
   if constexpr (kSpread == Spread::kSmoothing) return repeat_quad(run.uniform + c);
@@ -265,10 +265,10 @@ template <Spread kSpread, typename T>
 }
 
 // A tile of kLanes rows from `first` on, in steps.
-template <Spread kSpread, typename K, typename T>
+template <Spread kSpread, typename K, typename T, typename P>
 struct QuadTile {
   static constexpr bool kIndex = kSpread != Spread::kProbabilities;
-  const Run<T>& run;
+  const Run<T, P>& run;
   K classes;
   int64_t first;
   Vec *tile, *t;  // of logits, then their exponentials; of probabilities
@@ -359,8 +359,8 @@ struct QuadTile {
 
 // Each step for several tiles, then the next one: a step ends in sums of four lanes and begins with
 // their result, and the processor sees too few instructions ahead to begin another tile meanwhile.
-template <Spread kSpread, typename K, typename T>
-void forward_quads(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
+template <Spread kSpread, typename K, typename T, typename P>
+void forward_quads(const Run<T, P>& run, int64_t row, int64_t end, Rows* of_tile) {
   constexpr int kTiles = K::kIsKnown ? kTilesInStep : 1;
   Vec tiles[kTiles * K::kMost], t_tiles[kSpread == Spread::kProbabilities ? kTiles * K::kMost : 1];
   const K classes{run.C};
@@ -369,7 +369,7 @@ void forward_quads(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
     const int64_t count = std::min(most, (end - row + kLanes - 1) / kLanes);
     const auto tile = [&](int64_t i) __attribute__((always_inline)) {
       const int64_t first = std::min(row + i * kLanes, run.rows - kLanes);
-      return QuadTile<kSpread, K, T>{run, classes, first, tiles + i * C, t_tiles + i * C};
+      return QuadTile<kSpread, K, T, P>{run, classes, first, tiles + i * C, t_tiles + i * C};
     };
     for (int64_t i = 0; i < count; ++i) tile(i).load(of_tile + i);
     for (int64_t i = 0; i < count; ++i) {
@@ -387,13 +387,13 @@ void forward_quads(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
   }
 }
 
-template <typename T>
-using ForwardTiles = void (*)(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile);
+template <typename T, typename P = T>
+using ForwardTiles = void (*)(const Run<T, P>& run, int64_t row, int64_t end, Rows* of_tile);
 
-template <Spread kSpread, typename T, int... kLess>
-ForwardTiles<T> known_kernel(int64_t C, std::integer_sequence<int, kLess...>) {
-  constexpr ForwardTiles<T> kKernels[] = {
-      &forward_quads<kSpread, Classes<kLess + 2, (kLess + 2) % 4>, T>...};
+template <Spread kSpread, typename T, typename P, int... kLess>
+ForwardTiles<T, P> known_kernel(int64_t C, std::integer_sequence<int, kLess...>) {
+  constexpr ForwardTiles<T, P> kKernels[] = {
+      &forward_quads<kSpread, Classes<kLess + 2, (kLess + 2) % 4>, T, P>...};
   return kKernels[C - 2];
 }
 
@@ -404,8 +404,8 @@ constexpr int kMostKnown = 16;
 constexpr int kMostInQuads = kLanes == 16 ? 192 : kMaxTileClasses;
 
 // Do the rows follow each other, as many as a tile has at least, and is a tile wide enough?
-template <typename T>
-bool in_tiles_as_they_lie(const Run<T>& run) {
+template <typename T, typename P>
+bool in_tiles_as_they_lie(const Run<T, P>& run) {
   const int64_t C = run.C;
   const bool contiguous = classes_are_adjacent(run) && run.x_row == C &&
                           (!run.prob || run.t_row == C) && (!run.grad || run.grad_row == C);
@@ -413,8 +413,8 @@ bool in_tiles_as_they_lie(const Run<T>& run) {
 }
 
 // The kernel for contiguous rows, or null where another one is to take them.
-template <Spread kSpread, typename T>
-ForwardTiles<T> quads_kernel(const Run<T>& run) {
+template <Spread kSpread, typename T, typename P>
+ForwardTiles<T, P> quads_kernel(const Run<T, P>& run) {
   const int64_t C = run.C;
   if (!in_tiles_as_they_lie(run) || C > kMostInQuads) return nullptr;
   if (C <= kMostKnown) {
@@ -422,10 +422,10 @@ ForwardTiles<T> quads_kernel(const Run<T>& run) {
     if constexpr (kSpread == Spread::kProbabilities)
       return nullptr;
     else
-      return known_kernel<kSpread, T>(C, kLess);
+      return known_kernel<kSpread, T, P>(C, kLess);
   }
-  if (C % 4 == 0) return &forward_quads<kSpread, Classes<0, 0>, T>;
-  if (C % 4 == 1) return &forward_quads<kSpread, Classes<0, 1>, T>;
-  if (C % 4 == 2) return &forward_quads<kSpread, Classes<0, 2>, T>;
-  return &forward_quads<kSpread, Classes<0, 3>, T>;
+  if (C % 4 == 0) return &forward_quads<kSpread, Classes<0, 0>, T, P>;
+  if (C % 4 == 1) return &forward_quads<kSpread, Classes<0, 1>, T, P>;
+  if (C % 4 == 2) return &forward_quads<kSpread, Classes<0, 2>, T, P>;
+  return &forward_quads<kSpread, Classes<0, 3>, T, P>;
 }

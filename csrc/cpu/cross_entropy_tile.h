@@ -1,6 +1,28 @@
 // Cross-entropy of kLanes rows at once, one to a lane, for rows of any strides. Part of
 // cross_entropy_kernels.h.
 
+// The tiles of C classes: of logits, then their exponentials, and of probabilities. On the stack up
+// to kMaxTileClasses, which is the first-level cache too.
+template <Spread kSpread>
+class Tiles {
+ public:
+  explicit Tiles(int64_t C) {
+    if (C > kMaxTileClasses) many_ = std::make_unique_for_overwrite<Lanes[]>(kCount * C);
+    x = many_ ? many_[0].of : few_[0].of;
+    t = kCount == 1 ? nullptr : many_ ? many_[C].of : few_[kMaxTileClasses].of;
+  }
+  Tiles(const Tiles&) = delete;
+  float *x, *t;
+
+ private:
+  struct alignas(sizeof(Vec)) Lanes {
+    float of[kLanes];
+  };
+  static constexpr int kCount = kSpread == Spread::kProbabilities ? 2 : 1;
+  Lanes few_[kCount * kMaxTileClasses];
+  std::unique_ptr<Lanes[]> many_;
+};
+
 // Copies rows [rows, C] of any strides into tile [C][kLanes]. Lanes without a row are 0.
 template <typename T>
 void pack_tile(const T* x, int64_t row, int64_t cls, int64_t rows, int64_t C, float* tile) {
@@ -76,47 +98,38 @@ void unpack_tile(const F& values, int64_t rows, int64_t C, T* out, int64_t row, 
 }
 
 // q of class c for kLanes rows; t is the tile of their probabilities.
-template <Spread kSpread, typename T>
-inline Vec tile_q(const Run<T>& run, const float* t, int64_t c) {
+template <Spread kSpread, typename T, typename P>
+inline Vec tile_q(const Run<T, P>& run, const float* t, int64_t c) {
   if constexpr (kSpread == Spread::kSmoothing) return Vec::set(run.uniform[c]);
   const Vec q = Vec::fma(Vec::set(run.keep), Vec::load(t + c * kLanes), Vec::set(run.spread));
   return run.weight ? Vec::set(run.weight[c]) * q : q;
 }
 
-// The classes of rows [0, rows) as floats, kIgnored included; 0 in the other lanes.
-inline Vec class_numbers(const int64_t* y, int64_t rows) {
-#if defined(FASTCLS_AVX512)
-  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
-  const __m512i low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), y);
-  const __m512i high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), y + 8);
-  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtepi64_ps(low)),
-                             _mm512_cvtepi64_ps(high), 1)};
-#else
-  return lanes_of([&](int i) { return i < rows ? static_cast<float>(y[i]) : 0.0f; });
-#endif
-}
-
 // Lanes f(i, class of row first + i), f(i, 0) where a row is ignored or missing.
-template <typename T, typename F>
-inline Vec lanes_of_targets(const Run<T>& run, int64_t first, int64_t rows, const F& f) {
+template <typename T, typename P, typename F>
+inline Vec lanes_of_targets(const Run<T, P>& run, int64_t first, int64_t rows, const F& f) {
   const int64_t* y = run.y + first;
   if (run.all_valid && rows == kLanes) return lanes_of([&](int i) { return f(i, y[i]); });
-  return lanes_of([&](int i) { return f(i, i < rows && y[i] != kIgnored ? y[i] : 0); });
+  const auto class_or_0 = [&](int i) { return std::max<int64_t>(y[i], kIgnored + 1); };
+  if (rows == kLanes) return lanes_of([&](int i) { return f(i, class_or_0(i)); });
+  return lanes_of([&](int i) { return f(i, i < rows ? class_or_0(i) : 0); });
 }
 
-template <typename T>
-[[gnu::noinline]] Vec each_target_weight(const Run<T>& run, int64_t first, int64_t rows) {
+template <typename T, typename P>
+[[gnu::noinline]] Vec each_target_weight(const Run<T, P>& run, int64_t first, int64_t rows) {
   return lanes_of([&](int i) { return i < rows ? target_weight(run, run.y[first + i]) : 0.0f; });
 }
-template <typename T>
-inline Vec tile_target_weights(const Run<T>& run, int64_t first, int64_t rows) {
-  if (run.all_valid && !run.weight) return Vec::set(run.keep);
-  return each_target_weight(run, first, rows);
+template <typename T, typename P>
+inline Vec tile_target_weights(const Run<T, P>& run, int64_t first, int64_t rows) {
+  if (run.weight) return each_target_weight(run, first, rows);
+  if (run.all_valid) return Vec::set(run.keep);
+  return Vec::select(are_valid(run, first, rows), Vec::set(run.keep), Vec::zero());
 }
 
 // Rows from lane `from` on whose target has the first of the greatest logits.
-template <typename T>
-int64_t tile_hits(const Run<T>& run, int64_t first, int64_t rows, int64_t from, const float* tile) {
+template <typename T, typename P>
+int64_t tile_hits(const Run<T, P>& run, int64_t first, int64_t rows, int64_t from,
+                  const float* tile) {
   Vec best = Vec::load(tile), where = Vec::zero();
   auto nan = Vec::is_nan(best);
   for (int64_t c = 1; c < run.C; ++c) {
@@ -133,9 +146,9 @@ int64_t tile_hits(const Run<T>& run, int64_t first, int64_t rows, int64_t from, 
 }
 
 // The gradient of each row at its own class, of probability p_y.
-template <typename T>
-[[gnu::noinline]] void write_targets(const Run<T>& run, int64_t first, int64_t rows, const Rows& r,
-                                     Vec p_y) {
+template <typename T, typename P>
+[[gnu::noinline]] void write_targets(const Run<T, P>& run, int64_t first, int64_t rows,
+                                     const Rows& r, Vec p_y) {
   Vec g_y = (r.q_sum + r.at_target) * p_y;
   if (run.uniform)
     g_y = g_y - lanes_of_targets(run, first, rows, [&](int, int64_t y) { return run.uniform[y]; });
@@ -143,16 +156,17 @@ template <typename T>
   float lanes[kLanes];
   g_y.store(lanes);
   T* grad = run.grad + first * run.grad_row;
+  T nowhere;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = run.y[first + i];
-    if (run.all_valid || y != kIgnored)
-      grad[i * run.grad_row + y * run.grad_class] = static_cast<T>(lanes[i]);
+    T* place = y == kIgnored ? &nowhere : grad + i * run.grad_row + y * run.grad_class;
+    *place = static_cast<T>(lanes[i]);
   }
 }
 
 // The gradient of ignored rows: zero even where the logits are NaN.
-template <typename T>
-[[gnu::noinline]] void clear_ignored(const Run<T>& run, int64_t first, int64_t rows) {
+template <typename T, typename P>
+[[gnu::noinline]] void clear_ignored(const Run<T, P>& run, int64_t first, int64_t rows) {
   for (int64_t row = first; row < first + rows; ++row)
     if (run.y[row] == kIgnored)
       for (int64_t c = 0; c < run.C; ++c)
@@ -161,27 +175,45 @@ template <typename T>
 
 // The gradient of a tile's rows, of which `tile` holds a multiple of the probabilities:
 // scale (Q p_c - q_c) = factor tile_c - scale q_c.
-template <Spread kSpread, typename T>
-void write_tile_gradient(const Run<T>& run, int64_t first, int64_t rows, const Rows& r, Vec factor,
-                         Vec p_y, const float* tile, const float* t_tile) {
+template <Spread kSpread, typename T, typename P>
+void write_tile_gradient(const Run<T, P>& run, int64_t first, int64_t rows, const Rows& r,
+                         Vec factor, Vec p_y, const Tiles<kSpread>& tiles) {
+  const float *tile = tiles.x, *t_tile = tiles.t;
   const Vec scale = Vec::load(run.scale + first);
+  const bool all_valid = run.prob || run.all_valid;
+  const auto valid = all_valid ? Vec::first(kLanes) : are_valid(run, first, rows);
   const auto gradient = [&](int64_t c) {
-    const Vec g = factor * Vec::load(tile + c * kLanes);
-    return kSpread == Spread::kNone ? g : g - scale * tile_q<kSpread>(run, t_tile, c);
+    Vec g = factor * Vec::load(tile + c * kLanes);
+    if constexpr (kSpread != Spread::kNone) g = g - scale * tile_q<kSpread>(run, t_tile, c);
+    return Vec::select(valid, g, Vec::zero());  // zero even where the logits are NaN
   };
   unpack_tile(gradient, rows, run.C, run.grad + first * run.grad_row, run.grad_row, run.grad_class);
-  if constexpr (kSpread != Spread::kProbabilities) {
-    write_targets(run, first, rows, r, p_y);
-    if (!run.all_valid) clear_ignored(run, first, rows);
-  }
+  if constexpr (kSpread != Spread::kProbabilities) write_targets(run, first, rows, r, p_y);
 }
+
+// Numbers that are added up one after the other; of more, each would round away more of the next.
+constexpr int kSegment = 16;
+
+// A sum of the sums of segments of classes, in segments itself.
+struct LongSum {
+  Vec whole, segment;
+  int count;
+
+  [[gnu::always_inline]] void add(Vec x) {
+    segment = segment + x;
+    if (++count < kSegment) return;
+    whole = whole + segment, segment = Vec::zero(), count = 0;
+  }
+  [[gnu::always_inline]] Vec total() const { return whole + segment; }
+};
+[[gnu::always_inline]] inline LongSum long_sum() { return {Vec::zero(), Vec::zero(), 0}; }
 
 // Rows [first, first + rows); those before lane `from` have been counted already. Leaves the loss
 // to finish_rows.
-template <Spread kSpread, typename T>
-Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) {
-  alignas(64) float tile[kMaxTileClasses * kLanes];
-  alignas(64) float t_tile[kSpread == Spread::kProbabilities ? kMaxTileClasses * kLanes : 1];
+template <Spread kSpread, typename T, typename P>
+Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t from,
+                  Tiles<kSpread>* tiles) {
+  float *tile = tiles->x, *t_tile = tiles->t;
   const int64_t C = run.C;
   const T* x = run.x + first * run.x_row;
   prefetch_tile(x, run.x_row, run.x_class, C);
@@ -197,46 +229,55 @@ Rows forward_tile(const Run<T>& run, int64_t first, int64_t rows, int64_t from) 
     r.below_y = lanes_of_targets(run, first, rows, x_y) - r.maximum;
     r.at_target = tile_target_weights(run, first, rows);
   }
-  const auto sum_classes = [&](auto n, int64_t c) {
+  const auto add_classes = [&](auto n, int64_t c, Rows* sums) {
     Vec below[n], power[n];
     for (int k = 0; k < n; ++k)
       power[k] = below[k] = Vec::load(tile + (c + k) * kLanes) - r.maximum;
     exp_each(power);
     for (int k = 0; k < n; ++k) {
-      r.sum = r.sum + power[k];
+      sums->sum = sums->sum + power[k];
       power[k].store(tile + (c + k) * kLanes);
       if constexpr (kSpread != Spread::kNone) {
         const Vec q = tile_q<kSpread>(run, t_tile, c + k);
-        r.q_sum = r.q_sum + q;
-        r.q_dot = r.q_dot - q * below[k];
+        sums->q_sum = sums->q_sum + q;
+        sums->q_dot = sums->q_dot - q * below[k];
       }
     }
   };
-  int64_t c = 0;
-  for (; c + kInStep <= C; c += kInStep) sum_classes(std::integral_constant<int, kInStep>{}, c);
-  if (kInStep > 2 && c + 2 <= C) sum_classes(std::integral_constant<int, 2>{}, c), c += 2;
-  for (; c < C; ++c) sum_classes(std::integral_constant<int, 1>{}, c);
+  LongSum sum = long_sum(), q_sum = long_sum(), q_dot = long_sum();
+  for (int64_t c = 0; c < C;) {
+    const int64_t end = std::min(C, c + kSegment);
+    Rows part;
+    part.sum = part.q_sum = part.q_dot = Vec::zero();
+    for (; c + kInStep <= end; c += kInStep)
+      add_classes(std::integral_constant<int, kInStep>{}, c, &part);
+    if (kInStep > 2 && c + 2 <= end)
+      add_classes(std::integral_constant<int, 2>{}, c, &part), c += 2;
+    for (; c < end; ++c) add_classes(std::integral_constant<int, 1>{}, c, &part);
+    sum.add(part.sum), q_sum.add(part.q_sum), q_dot.add(part.q_dot);
+  }
+  r.sum = sum.total(), r.q_sum = q_sum.total(), r.q_dot = q_dot.total();
   if (!run.grad) return r;
   const Vec inverse = Vec::set(1.0f) / r.sum;
   const Vec factor = Vec::load(run.scale + first) * ((r.q_sum + r.at_target) * inverse);
-  write_tile_gradient<kSpread>(run, first, rows, r, factor, exp(r.below_y) * inverse, tile, t_tile);
+  write_tile_gradient(run, first, rows, r, factor, exp(r.below_y) * inverse, *tiles);
   return r;
 }
 
 // The tiles from `row` to `end`; the last one may overlap the one before.
-template <Spread kSpread, typename T>
-void forward_tiles(const Run<T>& run, int64_t row, int64_t end, Rows* of_tile) {
+template <Spread kSpread, typename T, typename P>
+void forward_tiles(const Run<T, P>& run, int64_t row, int64_t end, Rows* of_tile) {
   const int64_t rows = std::min<int64_t>(kLanes, run.rows);
+  Tiles<kSpread> tiles(run.C);
   for (; row < end; row += kLanes) {
     const int64_t first = std::min(row, run.rows - rows);
-    *of_tile++ = forward_tile<kSpread>(run, first, rows, row - first);
+    *of_tile++ = forward_tile(run, first, rows, row - first, &tiles);
   }
 }
 
-template <Spread kSpread, typename T>
-void backward_tile(const Run<T>& run, int64_t first, int64_t rows) {
-  alignas(64) float tile[kMaxTileClasses * kLanes];
-  alignas(64) float t_tile[kSpread == Spread::kProbabilities ? kMaxTileClasses * kLanes : 1];
+template <Spread kSpread, typename T, typename P>
+void backward_tile(const Run<T, P>& run, int64_t first, int64_t rows, Tiles<kSpread>* tiles) {
+  float *tile = tiles->x, *t_tile = tiles->t;
   const int64_t C = run.C;
   const bool whole = rows == kLanes;
   const Vec maximum =
@@ -252,10 +293,16 @@ void backward_tile(const Run<T>& run, int64_t first, int64_t rows) {
     r.below_y = lanes_of_targets(run, first, rows, x_y) - maximum;
     r.at_target = tile_target_weights(run, first, rows);
   }
-  for (int64_t c = 0; c < C; ++c) {
-    exp((Vec::load(tile + c * kLanes) - maximum) - log_sum).store(tile + c * kLanes);
-    if constexpr (kSpread != Spread::kNone) r.q_sum = r.q_sum + tile_q<kSpread>(run, t_tile, c);
+  LongSum q_total = long_sum();
+  for (int64_t c = 0; c < C;) {
+    Vec q_sum = Vec::zero();
+    for (const int64_t end = std::min(C, c + kSegment); c < end; ++c) {
+      exp((Vec::load(tile + c * kLanes) - maximum) - log_sum).store(tile + c * kLanes);
+      if constexpr (kSpread != Spread::kNone) q_sum = q_sum + tile_q<kSpread>(run, t_tile, c);
+    }
+    q_total.add(q_sum);
   }
+  r.q_sum = q_total.total();
   const Vec factor = Vec::load(run.scale + first) * (r.q_sum + r.at_target);
-  write_tile_gradient<kSpread>(run, first, rows, r, factor, exp(r.below_y - log_sum), tile, t_tile);
+  write_tile_gradient(run, first, rows, r, factor, exp(r.below_y - log_sum), *tiles);
 }

@@ -97,6 +97,21 @@ def test_probabilities_promote_as_in_pytorch(device, logits, probabilities, weig
     assert grad.dtype == logits
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [s for s, _ in SHAPES], ids=SHAPE_IDS)
+def test_float32_probabilities_keep_their_digits_beside_half_logits(device, shape, dtype):
+    input, target = make_case(shape, "prob", torch.float32, device)
+    input = input.to(dtype)
+    weight = class_weight(shape[min(1, len(shape) - 1)], device=device)
+    for arguments in ({}, {"label_smoothing": 0.1}, {"weight": weight}):
+        loss, grad = value_and_grad(cross_entropy, input, target, **arguments)
+        double = {k: in_dtype(v, torch.float64) if k == "weight" else v for k, v in arguments.items()}
+        expected = value_and_grad(F.cross_entropy, input.double(), target.double(), **double)
+        torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=1e-6)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(grad.double(), expected[1], rtol=eps, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["ignore", "prob"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
