@@ -76,7 +76,7 @@ float row_maximum(const Run<T, P>& run, const T* x) {
 }
 
 // What is subtracted from the logits: their maximum, or nothing, which is sure to serve as long as
-// they are near 0 (see cross_entropy_flat.h); then the maximum is found on the way.
+// they are near 0 (near_zero); then the maximum is found on the way.
 enum class Shift { kMaximum, kNone };
 
 // The sums of one row; stores exp(x - maximum) in powers [C] unless that is null. The row that is

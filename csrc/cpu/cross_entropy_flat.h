@@ -2,13 +2,8 @@
 // vectors as they lie there, without a look at where a row ends until its sum is taken. Part of
 // cross_entropy_kernels.h.
 //
-// The exponentials are those of the logits themselves. That saves a pass for the maxima and keeps
-// p_y = exp(x_y) / sum as exact as with them, while no exponential overflows and neither the sum
-// nor p_y gets near 0. Tiles where one does are done again as quads, with maxima.
-
-constexpr float kGreatestLogit = 60;   // exp(60) * kMaxTileClasses < 2^95
-constexpr float kLeastSum = 0x1p-60f;  // far above what exp rounds to 0, 2^-126
-constexpr float kLeastProbability = 0x1p-100f;
+// The exponentials are those of the logits themselves; tiles where that is not sure to serve are
+// done again as quads, with maxima.
 
 // exp(x) of n logits, a multiple of kLanes, in `powers`. Returns the greatest logits, by lane.
 // Later logits are asked for: exponentials leave memory alone.
@@ -160,10 +155,7 @@ struct FlatTile {
     if (!kPlain) scale = Vec::select(Vec::not_less(targets, zero), scale, zero);
     const Vec at_target = scale * weight;
     *flat = {power_y, sum, at_target * inverse, at_target, targets};
-    const auto enough = Vec::both(Vec::greater(p_y, Vec::set(kLeastProbability)),
-                                  Vec::greater(sum, Vec::set(kLeastSum)));
-    const auto fit = Vec::not_less(Vec::set(kGreatestLogit), greatest);
-    return Vec::bits(Vec::both(enough, fit)) == kAllLanes;
+    return near_zero(greatest, sum, p_y);
   }
 
   [[gnu::always_inline]] void write_gradient(const FlatRows& flat) const {

@@ -58,6 +58,20 @@ inline float target_weight(const Run<T, P>& run, int64_t y) {
 // first-level cache up to here (16 KiB of AVX-512 vectors).
 constexpr int64_t kMaxTileClasses = 256;
 
+// Exponentials of the logits themselves save a pass for the maxima and keep p_y = exp(x_y) / sum as
+// exact as with them, while no exponential overflows and neither the sum nor p_y gets near 0.
+constexpr float kGreatestLogit = 60;   // exp(60) times a billion classes < 2^117
+constexpr float kLeastSum = 0x1p-60f;  // far above what exp rounds to 0, 2^-126
+constexpr float kLeastProbability = 0x1p-100f;
+
+// Is that so in all lanes?
+inline bool near_zero(Vec greatest, Vec sum, Vec p_y) {
+  const auto enough = Vec::both(Vec::greater(p_y, Vec::set(kLeastProbability)),
+                                Vec::greater(sum, Vec::set(kLeastSum)));
+  const auto fit = Vec::not_less(Vec::set(kGreatestLogit), greatest);
+  return Vec::bits(Vec::both(enough, fit)) == kAllLanes;
+}
+
 // The losses of several tiles are finished together: a logarithm alone would keep the processor
 // waiting.
 constexpr int kTilesInStep = 8;

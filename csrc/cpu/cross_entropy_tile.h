@@ -126,21 +126,27 @@ inline Vec tile_target_weights(const Run<T, P>& run, int64_t first, int64_t rows
   return Vec::select(are_valid(run, first, rows), Vec::set(run.keep), Vec::zero());
 }
 
-// Rows from lane `from` on whose target has the first of the greatest logits.
-template <typename T, typename P>
-int64_t tile_hits(const Run<T, P>& run, int64_t first, int64_t rows, int64_t from,
-                  const float* tile) {
-  Vec best = Vec::load(tile), where = Vec::zero();
+// Rows from lane `from` on whose target has the first of the greatest logits, which are class c's
+// at logits + c cls.
+constexpr int64_t kMostCounted = 1 << 24;  // by a float
+template <typename T, typename P, typename X>
+int64_t tile_hits(const Run<T, P>& run, int64_t first, int64_t rows, int64_t from, const X* logits,
+                  int64_t cls) {
+  int64_t hits = 0;
+  if (run.C > kMostCounted) {
+    for (int64_t i = from; i < rows; ++i) hits += is_hit(run, first + i);
+    return hits;
+  }
+  Vec best = Vec::load(logits), where = Vec::zero();
   auto nan = Vec::is_nan(best);
   for (int64_t c = 1; c < run.C; ++c) {
-    const Vec x = Vec::load(tile + c * kLanes);
+    const Vec x = Vec::load(logits + c * cls);
     where = Vec::select(Vec::greater(x, best), Vec::set(static_cast<float>(c)), where);
     best = Vec::max(x, best);
     nan = Vec::either(nan, Vec::is_nan(x));
   }
   float lanes[kLanes];
   Vec::select(nan, Vec::set(-2.0f), where).store(lanes);  // no class, nor kIgnored
-  int64_t hits = 0;
   for (int64_t i = from; i < rows; ++i) hits += lanes[i] == static_cast<float>(run.y[first + i]);
   return hits;
 }
@@ -208,6 +214,56 @@ struct LongSum {
 };
 [[gnu::always_inline]] inline LongSum long_sum() { return {Vec::zero(), Vec::zero(), 0}; }
 
+// f(n, c) for all classes in [begin, end), n at a time, of which the exponentials go in step.
+template <typename F>
+[[gnu::always_inline]] inline void in_step(int64_t begin, int64_t end, const F& f) {
+  int64_t c = begin;
+  for (; c + kInStep <= end; c += kInStep) f(std::integral_constant<int, kInStep>{}, c);
+  if (kInStep > 2 && c + 2 <= end) f(std::integral_constant<int, 2>{}, c), c += 2;
+  for (; c < end; ++c) f(std::integral_constant<int, 1>{}, c);
+}
+
+// Of kLanes rows that lie side by side, without the maximum and straight from memory. False, and
+// nothing is written, where that is not sure to serve (near_zero).
+template <typename T>
+bool forward_tile_near_zero(const Run<T>& run, int64_t first, int64_t from,
+                            Tiles<Spread::kNone>* tiles, Rows* r) {
+  const int64_t C = run.C, cls = run.x_class;
+  const T* x = run.x + first;
+  prefetch_tile(x, run.x_row, cls, C);
+  const Vec zero = Vec::zero();
+  LongSum sum = long_sum();
+  Vec greatest = Vec::set(-std::numeric_limits<float>::infinity());
+  for (int64_t c = 0; c < C; c += kSegment) {
+    Vec part = zero;
+    in_step(c, std::min(C, c + kSegment), [&](auto n, int64_t at) {
+      Vec power[n];
+      for (int k = 0; k < n; ++k) {
+        power[k] = Vec::load(x + (at + k) * cls);
+        greatest = Vec::max(power[k], greatest);
+      }
+      exp_each(power);
+      for (int k = 0; k < n; ++k) {
+        part = part + power[k];
+        power[k].store(tiles->x + (at + k) * kLanes);
+      }
+    });
+    sum.add(part);
+  }
+  const Vec total = sum.total(), inverse = Vec::set(1.0f) / total;
+  const auto power = [&](int i, int64_t y) { return tiles->x[y * kLanes + i]; };
+  const Vec p_y = lanes_of_targets(run, first, kLanes, power) * inverse;
+  const Vec at_target = tile_target_weights(run, first, kLanes);
+  if (!near_zero(greatest, total, p_y)) return false;
+  if (run.hits) *run.hits += tile_hits(run, first, kLanes, from, x, cls);
+  *r = {zero, p_y, zero, zero, zero, zero - at_target};
+  if (!run.grad) return true;
+  const Rows target{zero, zero, zero, zero, zero, at_target};
+  const Vec factor = Vec::load(run.scale + first) * (at_target * inverse);
+  write_tile_gradient(run, first, kLanes, target, factor, p_y, *tiles);
+  return true;
+}
+
 // Rows [first, first + rows); those before lane `from` have been counted already. Leaves the loss
 // to finish_rows.
 template <Spread kSpread, typename T, typename P>
@@ -218,7 +274,7 @@ Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t fro
   const T* x = run.x + first * run.x_row;
   prefetch_tile(x, run.x_row, run.x_class, C);
   pack_tile(x, run.x_row, run.x_class, rows, C, tile);
-  if (run.hits) *run.hits += tile_hits(run, first, rows, from, tile);
+  if (run.hits) *run.hits += tile_hits(run, first, rows, from, tile, kLanes);
 
   Rows r{Vec::load(tile), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   for (int64_t c = 1; c < C; ++c) r.maximum = Vec::max(Vec::load(tile + c * kLanes), r.maximum);
@@ -249,12 +305,9 @@ Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t fro
     const int64_t end = std::min(C, c + kSegment);
     Rows part;
     part.sum = part.q_sum = part.q_dot = Vec::zero();
-    for (; c + kInStep <= end; c += kInStep)
-      add_classes(std::integral_constant<int, kInStep>{}, c, &part);
-    if (kInStep > 2 && c + 2 <= end)
-      add_classes(std::integral_constant<int, 2>{}, c, &part), c += 2;
-    for (; c < end; ++c) add_classes(std::integral_constant<int, 1>{}, c, &part);
+    in_step(c, end, [&](auto n, int64_t at) { add_classes(n, at, &part); });
     sum.add(part.sum), q_sum.add(part.q_sum), q_dot.add(part.q_dot);
+    c = end;
   }
   r.sum = sum.total(), r.q_sum = q_sum.total(), r.q_dot = q_dot.total();
   if (!run.grad) return r;
@@ -268,9 +321,15 @@ Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t fro
 template <Spread kSpread, typename T, typename P>
 void forward_tiles(const Run<T, P>& run, int64_t row, int64_t end, Rows* of_tile) {
   const int64_t rows = std::min<int64_t>(kLanes, run.rows);
+  const bool side_by_side = rows == kLanes && run.x_row == 1 && !run.maximum;
   Tiles<kSpread> tiles(run.C);
   for (; row < end; row += kLanes) {
     const int64_t first = std::min(row, run.rows - rows);
+    if constexpr (kSpread == Spread::kNone)
+      if (side_by_side && forward_tile_near_zero(run, first, row - first, &tiles, of_tile)) {
+        ++of_tile;
+        continue;
+      }
     *of_tile++ = forward_tile(run, first, rows, row - first, &tiles);
   }
 }

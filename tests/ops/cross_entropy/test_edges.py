@@ -22,6 +22,7 @@ from cross_entropy_problems import (
     class_weight,
     make_case,
     value_and_grad,
+    with_strided_classes,
 )
 from helpers import assert_same
 
@@ -71,15 +72,18 @@ FAR_ROWS = [
 ]
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("C", [2, 10, 16, 17, 100, 200, 300, 1001])
-def test_one_row_among_others_is_far_from_zero(device, C, dtype):
+def test_one_row_among_others_is_far_from_zero(device, C, dtype, strided):
     input, target = make_case((16 * len(FAR_ROWS) + 5, C), "index", scale=10.0)
     for row, (factor, shift, at_target) in zip(range(3, len(input), 16), FAR_ROWS, strict=False):
         input[row] = input[row] * factor + shift
         if at_target:
             input[row, target[row]] = at_target
     input, target = input.to(device, dtype), target.to(device)
+    if strided:
+        input = with_strided_classes(input)
     assert_like_native(input, target, class_weight(C, dtype, device), reduction="none")
     ours = value_and_grad(cross_entropy, input, target, reduction="none")
     exact = value_and_grad(reference.cross_entropy, input.double(), target, reduction="none")
@@ -103,9 +107,10 @@ def test_infinite_and_nan_logits(device, edge, weighted, smoothing, C, rows):
     prob = F.one_hot(index.clamp(min=0), C).float()
     for t in [index, prob] if target >= 0 else [index]:
         arguments = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
-        ours = value_and_grad(cross_entropy, input, t, **arguments)
         native = value_and_grad(reference.cross_entropy, input, t, **arguments)
-        torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
+        for x in (input, with_strided_classes(input)):
+            ours = value_and_grad(cross_entropy, x, t, **arguments)
+            torch.testing.assert_close(ours, native, equal_nan=True, rtol=1e-5, atol=1e-7)
 
 
 def test_ignored_rows_have_no_gradient_even_where_logits_are_nan(device):
