@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import threading
+import warnings
 import weakref
 
 import nets
@@ -358,6 +359,23 @@ def test_what_is_not_proved_stays_and_is_named(make, reason):
     told = [row for row in report if not row.fused and row.reason]
     assert told
     assert_equal_numbers(fused, native, images(native))
+
+
+def test_fuse_warns_where_it_fuses_nothing():
+    with pytest.warns(UserWarning, match="in Sequential was fused: 0: Conv2d: .* leaves the model"):
+        fuse(layers(conv()))
+    with pytest.warns(UserWarning, match="in Linear was fused: it has no such chain"):
+        fuse(nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(fuse(layers(conv(), nn.ReLU(), nn.Linear(2, 2))))
+
+
+def test_a_lazy_convolution_is_fused_once_it_has_its_weight():
+    model = layers(nn.LazyConv2d(4, 3), nn.ReLU())
+    assert "has no weight before the model has run once" in str(fusion_report(model))
+    model(torch.randn(1, 3, 9, 9))
+    assert len(fusion_report(fuse(model)).fused) == 1
 
 
 def test_a_cropped_chain_tells_why():

@@ -1,6 +1,7 @@
 """Swaps the layers of any model for the fused ops, wherever that is proved equal."""
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: any module; itself unchanged unless ``inplace``.
         inplace: change ``model`` itself instead of a copy that shares its parameters.
 
+    Warns:
+        UserWarning: nothing was fused.
+
     Raises:
         TypeError: not a module, or one wrapped by torch.compile, torch.jit or a parallel wrapper:
             fuse the model inside first; or one that ``copy.deepcopy`` cannot copy.
@@ -40,6 +44,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     report = plan.report()  # in the names of the native classes
     apply(plan)
     vars(model)[_REPORT] = report
+    if not report.fused:
+        warnings.warn(_nothing_fused(model, report), stacklevel=2)
     return model
 
 
@@ -68,6 +74,12 @@ def fusion_report(model: nn.Module) -> FusionReport:
     if report is None:
         report = make_plan(_unfused("fusion_report", model, inplace=False)).report()
     return report
+
+
+def _nothing_fused(model, report):
+    rows = [f"{row.where}: {row.chain}: {row.reason}" for row in report]
+    why = [*report.notes, *rows, "it has no such chain"][0]
+    return f"fuse: nothing in {type(model).__name__} was fused: {why}; see fusion_report(model)"
 
 
 def _unfused(function, model, inplace):

@@ -134,6 +134,8 @@ def module_refusal(module: nn.Module, cls: type) -> str | None:
         return ALREADY
     if nn.utils.parametrize.is_parametrized(module):
         return f"{cls.__name__} is parametrized"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(module).__name__} has no weight before the model has run once"
     if type(module) is not cls:
         return f"{type(module).__name__} is a {cls.__name__} of its own kind"
     return changed_call(module)

@@ -105,7 +105,7 @@ def test_float32_probabilities_keep_their_digits_beside_half_logits(device, shap
     weight = class_weight(shape[min(1, len(shape) - 1)], device=device)
     for arguments in ({}, {"label_smoothing": 0.1}, {"weight": weight}):
         loss, grad = value_and_grad(cross_entropy, input, target, **arguments)
-        double = {k: in_dtype(v, torch.float64) if k == "weight" else v for k, v in arguments.items()}
+        double = {k: v.double() if k == "weight" else v for k, v in arguments.items()}
         expected = value_and_grad(F.cross_entropy, input.double(), target.double(), **double)
         torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=1e-6)
         eps = torch.finfo(dtype).eps
