@@ -5,7 +5,6 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <limits>
 #include <memory>

@@ -37,7 +37,6 @@ template <typename E>
 // Floats are operands where they are; others of the floats at `wide` have a place of their own.
 inline float* operands_of(float* wide, float*) { return wide; }
 [[gnu::always_inline]] inline void store_operands(Vec x, float* to) { x.store(to); }
-[[gnu::always_inline]] inline void store_operands8(__m256 x, float* to) { store8(to, x); }
 
 #if defined(FASTCLS_AVX512_BF16)
 
@@ -57,11 +56,6 @@ inline float* operands_of(float* wide, float*) { return wide; }
 }
 
 inline BFloat16* operands_of(float*, BFloat16* narrow) { return narrow; }
-[[gnu::always_inline]] inline void store_operands(Vec x, BFloat16* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
-}
-[[gnu::always_inline]] inline void store_operands8(__m256 x, BFloat16* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh(x));
-}
+[[gnu::always_inline]] inline void store_operands(Vec x, BFloat16* to) { store16(to, x.v); }
 
 #endif

@@ -137,7 +137,7 @@ void channels_to_pixels(const S* src, int64_t channel_stride, int64_t channels, 
     for (int e = 0; e < 8; ++e)
       lanes[e] = e < rows ? load8(src + (c + e) * channel_stride + p) : _mm256_setzero_ps();
     transpose8(lanes);
-    for (int e = 0; e < 8; ++e) store_operands8(lanes[e], dst + at[e] + c);
+    for (int e = 0; e < 8; ++e) store8(dst + at[e] + c, lanes[e]);
   });
 }
 

@@ -30,12 +30,13 @@ constexpr int64_t kLeastStridedRows = 32;
 constexpr int64_t kThreadElements = 32768;
 constexpr int64_t kOneThread = std::numeric_limits<int64_t>::max() / 2;
 
-// Whole tiles of the kernels, where there is one. Of strided classes there always is: a class has
-// neighbouring rows in one line of the cache.
+// Whole tiles of the kernels, where there is one. Of strided classes there always is, if there are
+// so many rows: a class has neighbouring rows in one line of the cache.
 int64_t block_rows(const RowLayout& layout) {
-  const int64_t least = layout.class_stride[kInput] == 1 ? 1 : kLeastStridedRows;
-  const int64_t rows =
-      std::clamp(kBlockElements / std::max<int64_t>(layout.C, 1), least, kMaxBlockRows);
+  const auto is_strided = [](int64_t stride) { return stride > 1; };
+  const bool strided = std::ranges::any_of(layout.class_stride, is_strided);
+  const int64_t rows = std::clamp(kBlockElements / std::max<int64_t>(layout.C, 1),
+                                  strided ? kLeastStridedRows : 1, kMaxBlockRows);
   return rows < kPadding ? rows : rows / kPadding * kPadding;
 }
 
@@ -267,7 +268,7 @@ CrossEntropyKernels<T> fast_kernels() {
 template <typename T, typename P, typename Acc>
 RowKernels<T, P, Acc> kernels_for(const RowRun<T, P, Acc>& run) {
 #if defined(__x86_64__)
-  if (isa() != Isa::kScalar && run.C > 0) {
+  if (isa() != Isa::kScalar && fast_path_serves(run)) {
     if constexpr (std::is_same_v<Acc, float> && std::is_same_v<T, P>)
       return fast_kernels<T>().own;
     else if constexpr (std::is_same_v<Acc, float> && std::is_same_v<P, float>)

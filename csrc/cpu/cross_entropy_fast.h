@@ -33,6 +33,19 @@ struct CrossEntropyKernels {
 
 constexpr int kPadding = 16;  // a vector of AVX-512, the longest
 
+template <typename T, typename P, typename Acc>
+bool classes_are_adjacent(const RowRun<T, P, Acc>& run) {
+  return run.x_class == 1 && (!run.prob || run.t_class == 1) && (!run.grad || run.grad_class == 1);
+}
+
+// Strided classes go through a copy, whose numbers take 64 or 128 bytes a class for each thread.
+constexpr int64_t kMostStridedClasses = 1 << 18;
+
+template <typename T, typename P, typename Acc>
+bool fast_path_serves(const RowRun<T, P, Acc>& run) {
+  return run.C > 0 && (classes_are_adjacent(run) || run.C <= kMostStridedClasses);
+}
+
 namespace avx2 {
 template <typename T>
 CrossEntropyKernels<T> cross_entropy_kernels();

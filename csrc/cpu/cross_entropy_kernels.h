@@ -6,8 +6,8 @@
 //              rows at once, their logits in vectors as they lie in memory.
 //   quads      other targets of such rows, up to some 200 classes, and what flat can't do: kLanes
 //              rows at once. A vector has four adjacent logits of every fourth row.
-//   tile       other rows of few classes, or strided ones: kLanes rows at once, one to a lane. They
-//              are transposed into a tile [C] of vectors, and no sum crosses lanes.
+//   tile       other rows of few classes, or strided ones: kLanes rows at once, one to a lane of a
+//              tile [C] of vectors, transposed or from side by side. No sum crosses lanes.
 //   by class   many adjacent classes: kLanes classes of one row to a vector.
 //
 // All end in the same last step, the loss, and calculate each exponential once: it is kept until
@@ -101,11 +101,6 @@ void finish_rows(const Run<T, P>& run, const Rows* of_tile, int64_t tiles, int64
   }
   for (int64_t i = 0; i < tiles && run.maximum; ++i)
     save_rows(run, first_of(i), rows, of_tile[i].maximum, log(of_tile[i].sum));
-}
-
-template <typename T, typename P>
-bool classes_are_adjacent(const Run<T, P>& run) {
-  return run.x_class == 1 && (!run.prob || run.t_class == 1) && (!run.grad || run.grad_class == 1);
 }
 
 #include "cpu/cross_entropy_tile.h"

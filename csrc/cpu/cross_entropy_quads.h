@@ -264,6 +264,13 @@ template <Spread kSpread, typename T, typename P>
   return run.weight ? repeat_quad(run.weight + c) * q : q;
 }
 
+// The gradient of ignored rows: zero even where the logits are NaN.
+template <typename T, typename P>
+[[gnu::noinline]] void clear_ignored(const Run<T, P>& run, int64_t first) {
+  for (int64_t row = first; row < first + kLanes; ++row)
+    if (run.y[row] == kIgnored) std::fill_n(run.grad + row * run.C, run.C, static_cast<T>(0.0f));
+}
+
 // A tile of kLanes rows from `first` on, in steps.
 template <Spread kSpread, typename K, typename T, typename P>
 struct QuadTile {
@@ -352,7 +359,7 @@ struct QuadTile {
     classes.store(tile, run.grad + first * classes.count());
     if constexpr (kIndex) {
       if (!compared()) write_targets(run, first, kLanes, r, exp(r.below_y) / r.sum);
-      if (!run.all_valid) clear_ignored(run, first, kLanes);
+      if (!run.all_valid) clear_ignored(run, first);
     }
   }
 };

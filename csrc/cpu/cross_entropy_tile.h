@@ -128,15 +128,10 @@ inline Vec tile_target_weights(const Run<T, P>& run, int64_t first, int64_t rows
 
 // Rows from lane `from` on whose target has the first of the greatest logits, which are class c's
 // at logits + c cls.
-constexpr int64_t kMostCounted = 1 << 24;  // by a float
 template <typename T, typename P, typename X>
 int64_t tile_hits(const Run<T, P>& run, int64_t first, int64_t rows, int64_t from, const X* logits,
                   int64_t cls) {
   int64_t hits = 0;
-  if (run.C > kMostCounted) {
-    for (int64_t i = from; i < rows; ++i) hits += is_hit(run, first + i);
-    return hits;
-  }
   Vec best = Vec::load(logits), where = Vec::zero();
   auto nan = Vec::is_nan(best);
   for (int64_t c = 1; c < run.C; ++c) {
@@ -168,15 +163,6 @@ template <typename T, typename P>
     T* place = y == kIgnored ? &nowhere : grad + i * run.grad_row + y * run.grad_class;
     *place = static_cast<T>(lanes[i]);
   }
-}
-
-// The gradient of ignored rows: zero even where the logits are NaN.
-template <typename T, typename P>
-[[gnu::noinline]] void clear_ignored(const Run<T, P>& run, int64_t first, int64_t rows) {
-  for (int64_t row = first; row < first + rows; ++row)
-    if (run.y[row] == kIgnored)
-      for (int64_t c = 0; c < run.C; ++c)
-        run.grad[row * run.grad_row + c * run.grad_class] = static_cast<T>(0.0f);
 }
 
 // The gradient of a tile's rows, of which `tile` holds a multiple of the probabilities:
@@ -259,7 +245,7 @@ bool forward_tile_near_zero(const Run<T>& run, int64_t first, int64_t from,
   *r = {zero, p_y, zero, zero, zero, zero - at_target};
   if (!run.grad) return true;
   const Rows target{zero, zero, zero, zero, zero, at_target};
-  const Vec factor = Vec::load(run.scale + first) * (at_target * inverse);
+  const Vec factor = (Vec::load(run.scale + first) * at_target) * inverse;
   write_tile_gradient(run, first, kLanes, target, factor, p_y, *tiles);
   return true;
 }
@@ -321,7 +307,8 @@ Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t fro
 template <Spread kSpread, typename T, typename P>
 void forward_tiles(const Run<T, P>& run, int64_t row, int64_t end, Rows* of_tile) {
   const int64_t rows = std::min<int64_t>(kLanes, run.rows);
-  const bool side_by_side = rows == kLanes && run.x_row == 1 && !run.maximum;
+  // One class has the probability 1, which its exponential times the inverse need not give.
+  const bool side_by_side = rows == kLanes && run.x_row == 1 && run.C > 1 && !run.maximum;
   Tiles<kSpread> tiles(run.C);
   for (; row < end; row += kLanes) {
     const int64_t first = std::min(row, run.rows - rows);

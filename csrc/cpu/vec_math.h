@@ -6,8 +6,8 @@ constexpr unsigned kAllLanes = (1u << kLanes) - 1;  // as Vec::bits
 // Vectors that go through exp in step. Sixteen registers hold the constants and one.
 constexpr int kInStep = kLanes == 16 ? 4 : 1;
 
-// 2^(i / kLanes) for each lane i, rounded, as the bits that times_power_of_2 adds i and an exponent
-// to; and what the rounded number lacks, as a part of it.
+// 2^(i / kLanes) for each lane i, rounded, less the bits that root_power adds for i and the bias of
+// the exponent; and what the rounded number lacks, as a part of it.
 struct Roots {
   uint32_t bits[kLanes];
   float lacks[kLanes];
@@ -34,7 +34,8 @@ constexpr Roots roots_of_2() {
   for (int i = 0; i < kLanes; ++i) {
     const double exact = kSixteenths[i * 16 / kLanes];
     const float rounded = static_cast<float>(exact);
-    roots.bits[i] = std::bit_cast<uint32_t>(rounded) - ((127u << kRootBits) + i << 23 - kRootBits);
+    roots.bits[i] =
+        std::bit_cast<uint32_t>(rounded) - (((127u << kRootBits) + i) << (23 - kRootBits));
     roots.lacks[i] = static_cast<float>(exact / rounded - 1);
   }
   return roots;
@@ -153,8 +154,9 @@ inline Vec log(Vec x) {
 template <int K>
 [[gnu::always_inline]] inline void exp_each(Vec (&x)[K]) {
   constexpr bool kLong = kLanes == 8;
-  constexpr float kP[] = {kLong ? 4.16604260603e-2f : 1.66667185107e-1f,
-                          kLong ? 1.66680272329e-1f : 5.00016173561e-1f, 5.00000012776e-1f};
+  constexpr float kP2 = kLong ? 5.00000012776e-1f : 5.00016173561e-1f;
+  constexpr float kP3 = kLong ? 1.66680272329e-1f : 1.66667185107e-1f;
+  constexpr float kP4 = 4.16604260603e-2f;
   const Vec shift = Vec::set(12582912.0f + 127.0f * kLanes);
   Vec power[K], r[K], p[K], r2[K];
   typename Vec::Mask normal[K];
@@ -163,8 +165,9 @@ template <int K>
   for (int i = 0; i < K; ++i)
     r[i] = Vec::fma(power[i] - shift, Vec::set(-0.693147180559945309f / kLanes), x[i]);
   for (int i = 0; i < K; ++i) normal[i] = Vec::not_less(x[i], Vec::set(-87.3365402f));
-  for (int i = 0; i < K; ++i) p[i] = Vec::fma(Vec::set(kP[0]), r[i], Vec::set(kP[1]));
-  for (int i = 0; i < K && kLong; ++i) p[i] = Vec::fma(p[i], r[i], Vec::set(kP[2]));
+  for (int i = 0; i < K; ++i)
+    p[i] = kLong ? Vec::fma(Vec::set(kP4), r[i], Vec::set(kP3)) : Vec::set(kP3);
+  for (int i = 0; i < K; ++i) p[i] = Vec::fma(p[i], r[i], Vec::set(kP2));
   for (int i = 0; i < K; ++i) r2[i] = r[i] * r[i];
   for (int i = 0; i < K; ++i) r[i] = r[i] + root_lacks(power[i]);
   for (int i = 0; i < K; ++i) power[i] = root_power(power[i]);

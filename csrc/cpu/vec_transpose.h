@@ -22,12 +22,8 @@ inline __m128i to_half(__m256 v, const Half*) {
 }
 #if defined(FASTCLS_AVX512_BF16)
 // Numbers below the smallest normal one become 0.
-inline __m128i to_half(__m256 v, const BFloat16*) {
-  return std::bit_cast<__m128i>(_mm256_cvtneps_pbh(v));
-}
-inline __m256i to_half(__m512 v, const BFloat16*) {
-  return std::bit_cast<__m256i>(_mm512_cvtneps_pbh(v));
-}
+inline __m128i to_half(__m256 v, const BFloat16*) { return (__m128i)_mm256_cvtneps_pbh(v); }
+inline __m256i to_half(__m512 v, const BFloat16*) { return (__m256i)_mm512_cvtneps_pbh(v); }
 #else
 // Rounds to nearest, ties to even: adds just under half of the last kept bit, and that bit.
 inline __m128i to_half(__m256 v, const BFloat16*) {

@@ -92,6 +92,28 @@ def test_one_row_among_others_is_far_from_zero(device, C, dtype, strided):
         torch.testing.assert_close(mine.double(), true, rtol=8 * eps, atol=2 * eps)
 
 
+def test_one_class_costs_nothing(device):
+    input = torch.randn(40, 1, device=device) * 10
+    index = torch.zeros(40, dtype=torch.int64, device=device)
+    for reduction in ("none", "sum"):
+        loss, grad = value_and_grad(cross_entropy, input, index, reduction=reduction)
+        assert (loss == 0).all() and (grad == 0).all()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("C", [10, 21])
+def test_small_weights_of_classes_with_large_logits(device, C, strided):
+    """Their products with exp(-x) would be below the smallest number, those of the mean are not."""
+    input, target = make_case((40, C), "index", device=device, scale=0.3)
+    input += 54
+    if strided:
+        input = with_strided_classes(input)
+    weight = class_weight(C, device=device) * 1e-20
+    _, grad = value_and_grad(cross_entropy, input, target, weight=weight)
+    _, exact = value_and_grad(F.cross_entropy, input.double(), target, weight=weight.double())
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 21])
 @pytest.mark.parametrize("C", [5, 40, 300])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
