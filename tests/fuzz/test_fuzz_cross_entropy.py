@@ -166,8 +166,9 @@ def check(drawn, data):
         assert hits == hits_of(drawn)
     else:
         loss = cross_entropy(x, target, weight, **drawn.settings)
-    # What a loss is the difference of: logits and log C, times weights, summed over rows.
-    heaviest = 1.0 if weight is None else greatest(weight.double())
+    # What a loss is the difference of: logits and log C, times weights, summed over rows. A mean
+    # divides by small weights again.
+    heaviest = 1.0 if weight is None else max(greatest(weight.double()), 1.0)
     rows = max(loss.numel(), x.numel() // max(x.shape[drawn.class_dim], 1), 1)
     # Smoothing adds up C of them: up to C roundings.
     C = x.shape[drawn.class_dim]
@@ -180,7 +181,7 @@ def check(drawn, data):
         (expected,) = torch.autograd.grad(exact, x64, grad_loss.double())
         # PyTorch's gradient of an ignored row is NaN where its logits are.
         expected = expected.masked_fill(drawn.ignored(), 0)
-        assert_close(grad, expected, 3 * max(heaviest, 1) * (32 + C), "gradient")
+        assert_close(grad, expected, 3 * heaviest * (32 + C), "gradient")
     assert same_memory(before, memory_of(drawn.x, target, weight, grad_loss)), "written to"
 
 
