@@ -29,31 +29,97 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
   return {};
 }
 
-// [K, kernel_h, kernel_w, C], dense.
+// Weights that are worth waking a thread for.
+constexpr int64_t kThreadWeights = 32768;
+
+// Calls f(i) for `n` parts of the weights, on several threads if there are enough weights.
+template <typename F>
+void for_parts_of_weights(const ConvBlockShape& s, int64_t n, const F& f) {
+  const int64_t weights = s.K * s.C * s.kernel_h * s.kernel_w;
+  parallel_for(0, n, std::max<int64_t>(kThreadWeights * n / std::max<int64_t>(weights, 1), 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) f(i);
+               });
+}
+
+// Not filled; aligned to a line of the cache. Vectors may read past the end.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t n) : memory_(new float[n + kBeyond]) {
+    ask_for_huge_pages(memory_.get(), n * sizeof(float));
+  }
+  float* get() const {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) &
+                                    ~uintptr_t{63});
+  }
+
+ private:
+  static constexpr int64_t kBeyond = 32;  // a line and a vector
+  std::unique_ptr<float[]> memory_;
+};
+
+// A copy [K, kernel_h, kernel_w, C].
 template <typename W>
-std::unique_ptr<float[]> float_weight(const ConvBlockShape& s, const View4<const W>& weight) {
-  const int64_t size = s.K * s.kernel_h * s.kernel_w * s.C;
-  std::unique_ptr<float[]> packed(new float[size]);
-  ask_for_huge_pages(packed.get(), size * sizeof(float));
-  float* dst = packed.get();
-  for (int64_t k = 0; k < s.K; ++k)
+AlignedFloats float_copy(const ConvBlockShape& s, const View4<const W>& weight) {
+  const int64_t row = s.kernel_h * s.kernel_w * s.C;
+  AlignedFloats copy(s.K * row);
+  for_parts_of_weights(s, s.K, [&](int64_t k) {
+    float* dst = copy.get() + k * row;
     for (int64_t i = 0; i < s.kernel_h; ++i)
       for (int64_t j = 0; j < s.kernel_w; ++j)
         for (int64_t c = 0; c < s.C; ++c) *dst++ = static_cast<float>(*weight.at(k, c, i, j));
+  });
+  return copy;
+}
+
+// Weights of either memory format as they are, or nothing.
+template <typename W>
+std::optional<DenseWeight> in_place(const ConvBlockShape& s, const View4<const W>& w) {
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  if constexpr (std::is_same_v<W, float>)
+    if (w.n == s.C * taps) {
+      if (w.w == 1 && w.h == s.kernel_w && w.c == taps) return DenseWeight{w.data, taps, 1};
+      if (w.c == 1 && w.w == s.C && w.h == s.C * s.kernel_w) return DenseWeight{w.data, 1, s.C};
+    }
+  return std::nullopt;
+}
+
+template <typename W>
+AlignedFloats pack(const WeightPacker& packer, const ConvBlockShape& s,
+                   const View4<const W>& weight) {
+  std::optional<DenseWeight> dense = in_place(s, weight);
+  std::optional<AlignedFloats> copy;
+  if (!dense) {
+    copy = float_copy(s, weight);
+    dense = DenseWeight{copy->get(), 1, s.C};
+  }
+  AlignedFloats packed(packer.floats(s));
+  for_parts_of_weights(s, packer.blocks(s),
+                       [&](int64_t block) { packer.pack(s, *dense, block, packed.get()); });
   return packed;
+}
+
+// Bands of images, and parts of their channels, for the threads at hand: several units to a thread,
+// so that none waits long for the others. Each share packs its band's input again.
+ForwardUnits forward_units(const ConvBlockShape& s, int64_t blocks) {
+  constexpr int64_t kUnitsOfThread = 4;
+  const int64_t rows = band_rows(s), bands = s.N * ((s.out_h + rows - 1) / rows);
+  const int64_t wanted = kUnitsOfThread * torch::stable::get_num_threads();
+  return {rows, std::clamp<int64_t>((wanted + bands - 1) / bands, 1, blocks)};
 }
 
 template <typename T, typename W>
 void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                   const View4<const T>& x, const View4<const W>& weight, const W* bias,
                   const View4<T>& out, uint8_t* winner) {
-  const std::unique_ptr<float[]> packed_weight = float_weight(s, weight);
-  std::vector<float> packed_bias(s.K, 0.f);
+  const AlignedFloats packed = pack(kernels.forward_weight, s, weight);
+  std::vector<float> float_bias(s.K + kBiasPadding, 0.f);
   if (bias)
-    for (int64_t k = 0; k < s.K; ++k) packed_bias[k] = static_cast<float>(bias[k]);
-  const int64_t band = band_rows(s), bands = (s.out_h + band - 1) / band;
-  parallel_for(0, s.N * bands, 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(s, x, packed_weight.get(), packed_bias.data(), out, winner, band, begin, end);
+    for (int64_t k = 0; k < s.K; ++k) float_bias[k] = static_cast<float>(bias[k]);
+  const ForwardUnits units = forward_units(s, kernels.forward_weight.blocks(s));
+  const int64_t bands = s.N * ((s.out_h + units.rows - 1) / units.rows);
+  parallel_for(0, bands * units.shares, 1, [&](int64_t begin, int64_t end) {
+    kernels.forward(s, x, packed.get(), float_bias.data(), out, winner, units, begin, end);
   });
 }
 
@@ -61,9 +127,9 @@ template <typename T, typename W>
 void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                          const View4<const T>& grad_out, const View4<const W>& weight,
                          const uint8_t* winner, const View4<T>& grad_input) {
-  const std::unique_ptr<float[]> packed_weight = float_weight(s, weight);
+  const AlignedFloats packed = pack(kernels.input_weight, s, weight);
   parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_input(s, grad_out, packed_weight.get(), winner, grad_input, begin, end);
+    kernels.backward_input(s, grad_out, packed.get(), winner, grad_input, begin, end);
   });
 }
 

@@ -74,67 +74,90 @@ struct Buckets {
 // that processors with AVX-512 have.
 constexpr int64_t kInputWeights = (L == 16 ? 36864 : 24576) / sizeof(Operand);
 
-// The gradient of the input of one image, and the weights as it reads them.
-template <typename T>
-struct InputGradient {
+// The weights as the gradient of the input reads them: [channel block][group][pass][channel][runs,
+// vectors], zero past each run, then a row of zeros.
+struct InputWeights {
   const ConvBlockShape& s;
   const ChannelGroups groups;
   const Runs runs;
   const std::vector<Pass> passes;
+  int64_t block;  // channels whose weights of a pass are together in the cache
+
+  explicit InputWeights(const ConvBlockShape& shape)
+      : s(shape), groups(s), runs(groups.shape), passes(passes_over(runs, kMaxSums)) {
+    int64_t sums = 0;
+    for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
+    block = std::clamp<int64_t>(kInputWeights / (sums * L) / L * L, L, 128);
+  }
+  int64_t blocks() const { return (s.K + block - 1) / block; }
+  // Elements before channel k, which a block begins with, or the row of zeros.
+  int64_t before(int64_t k) const { return k * groups.count * floats_of(passes); }
+  int64_t count() const { return before(s.K) + kMaxSums * L; }
+
+  void pack(const DenseWeight& weight, int64_t b, Operand* packed) const {
+    const int64_t k0 = b * block, k1 = std::min(k0 + block, s.K);
+    Operand* to = packed + before(k0);
+    for (int64_t group = 0; group < groups.count; ++group)
+      for (const Pass& pass : passes)
+        for (int64_t k = k0; k < k1; ++k, to += pass.sums() * L)
+          pack_channel(weight, group, pass, k, to);
+    if (k1 == s.K) std::fill_n(to, kMaxSums * L, static_cast<Operand>(0.f));
+  }
+
+ private:
+  void pack_channel(const DenseWeight& weight, int64_t group, const Pass& pass, int64_t k,
+                    Operand* to) const {
+    float row[kMaxSums * L];
+    std::fill_n(row, pass.sums() * L, 0.f);
+    const float* of_k = weight.data + k * s.kernel_h * s.kernel_w * s.C;
+    for (int64_t r = 0; r < pass.runs; ++r)
+      for_pieces(runs, pass, r, groups, group, s.C, [&](int64_t at, int64_t from, int64_t n) {
+        const float* first = of_k + from / s.C * weight.tap + from % s.C * weight.channel;
+        float* piece = row + r * pass.vecs * L + at;
+        for (int64_t i = 0; i < n; ++i) piece[i] = first[i * weight.channel];
+      });
+    for_elements_of_sums(
+        pass.sums(), [&](int64_t place, int64_t i) { to[place] = static_cast<Operand>(row[i]); });
+  }
+};
+
+inline int64_t packed_input_floats(const ConvBlockShape& s) {
+  return (InputWeights(s).count() + kPerLane<Operand> - 1) / kPerLane<Operand>;
+}
+inline int64_t packed_input_blocks(const ConvBlockShape& s) { return InputWeights(s).blocks(); }
+inline void pack_input_weight(const ConvBlockShape& s, const DenseWeight& weight, int64_t block,
+                              float* packed) {
+  InputWeights(s).pack(weight, block, reinterpret_cast<Operand*>(packed));
+}
+
+// The gradient of the input of one image.
+template <typename T>
+struct InputGradient : InputWeights {
+  const Operand* weight;
   const OutputTile tile;
   const int64_t row, group_floats, padded_K, places;
-  int64_t block;                       // channels whose weights of a pass are together in the cache
   std::vector<int64_t> place, window;  // offsets of a window's places; of each output of a tile
-  Scratch<Operand> weight;
   Scratch<float> dx, grad;
   Scratch<uint8_t> codes;
   Buckets buckets;
 
-  InputGradient(const ConvBlockShape& shape, const float* w, bool has_winner)
-      : s(shape),
-        groups(s),
-        runs(groups.shape),
-        passes(passes_over(runs, kMaxSums)),
+  InputGradient(const ConvBlockShape& shape, const Operand* packed, bool has_winner)
+      : InputWeights(shape),
+        weight(packed),
         tile(groups.shape),
         row((s.W + 2 * s.pad_w) * groups.channels),
         group_floats((s.H + 2 * s.pad_h) * row),
         padded_K(round_up(s.K, L)),
         places(has_winner ? s.window() : 1) {
-    int64_t sums = 0;
-    for (const Pass& pass : passes) sums = std::max(sums, pass.sums());
-    block = std::clamp<int64_t>(kInputWeights / (sums * L) / L * L, L, 128);
     for (int64_t q = 0; q < places; ++q) place.push_back(place_offset(groups.shape, q));
     window.resize(tile.rows * tile.columns);
-    weight.reserve(s.K * groups.count * floats_of(passes) + kMaxSums * L);
-    pack_weight(w);
     dx.reserve(groups.count * group_floats);
     grad.reserve(tile.rows * tile.columns * padded_K);
     codes.reserve(tile.rows * tile.columns * padded_K);
     buckets.reserve(tile.rows * tile.columns, places, block);
   }
 
-  // [channel block][group][pass][channel][runs, vectors], zero past each run, and a row of zeros.
-  void pack_weight(const float* src) {
-    const int64_t taps = s.kernel_h * s.kernel_w * s.C;
-    float row[kMaxSums * L];
-    Operand* to = weight.data;
-    for (int64_t k0 = 0; k0 < s.K; k0 += block)
-      for (int64_t group = 0; group < groups.count; ++group)
-        for (const Pass& pass : passes)
-          for (int64_t k = k0; k < std::min(k0 + block, s.K); ++k, to += pass.sums() * L) {
-            std::fill_n(row, pass.sums() * L, 0.f);
-            for (int64_t r = 0; r < pass.runs; ++r)
-              for_pieces(runs, pass, r, groups, group, s.C,
-                         [&](int64_t at, int64_t from, int64_t n) {
-                           std::copy_n(src + k * taps + from, n, row + r * pass.vecs * L + at);
-                         });
-            for_elements_of_sums(pass.sums(), [&](int64_t place, int64_t i) {
-              to[place] = static_cast<Operand>(row[i]);
-            });
-          }
-    std::fill_n(to, kMaxSums * L, static_cast<Operand>(0.f));
-  }
-  const Operand* no_row() const { return weight.data + s.K * groups.count * floats_of(passes); }
+  const Operand* no_row() const { return weight + before(s.K); }
 
   // Adds the outputs of rows [p0, p1) × columns [w0, w1) of image n.
   void add(const View4<const T>& grad_out, const uint8_t* winner, int64_t n, int64_t p0, int64_t p1,
@@ -149,7 +172,7 @@ struct InputGradient {
         std::copy_n(winner + ((n * s.out_h + ph) * s.out_w + pw) * s.K, s.K,
                     codes.data + p * padded_K);
     }
-    const Operand* w = weight.data;
+    const Operand* w = weight;
     for (int64_t k0 = 0; k0 < s.K; k0 += block) {
       const int64_t channels = std::min(block, s.K - k0);
       buckets.fill(pixels, channels, grad.data + k0, winner ? codes.data + k0 : nullptr, padded_K);
@@ -185,8 +208,8 @@ struct InputGradient {
 };
 
 template <typename T>
-void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, const float* weight,
+void backward_input(const ConvBlockShape& s, const View4<const T>& grad_out, const float* packed,
                     const uint8_t* winner, const View4<T>& grad_input, int64_t begin, int64_t end) {
-  InputGradient<T> gradient(s, weight, winner != nullptr);
+  InputGradient<T> gradient(s, reinterpret_cast<const Operand*>(packed), winner != nullptr);
   for (int64_t n = begin; n < end; ++n) gradient.image(grad_out, winner, n, grad_input);
 }

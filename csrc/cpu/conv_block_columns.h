@@ -239,15 +239,15 @@ struct ChannelParts {
   int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
 };
 
-// [K, taps, C] → for each part [C, taps, channels of the part]
-inline void pack_by_part(const ConvBlockShape& s, const ChannelParts& parts, const float* weight,
-                         float* to) {
+// For each part [C, taps, channels of the part].
+inline void pack_by_part(const ConvBlockShape& s, const DenseWeight& weight, float* to) {
+  const ChannelParts parts(s.K, kChannelsTogether);
   const int64_t taps = s.kernel_h * s.kernel_w;
   for (int64_t part = 0; part < parts.count; ++part)
     for (int64_t c = 0; c < s.C; ++c)
       for (int64_t t = 0; t < taps; ++t)
         for (int64_t k = parts.begin(part); k < parts.begin(part + 1); ++k)
-          *to++ = weight[(k * taps + t) * s.C + c];
+          *to++ = weight.data[k * s.C * taps + c * weight.channel + t * weight.tap];
 }
 
 // Rows [K, stride] of pooled rows from p0 on of image n into out.
@@ -264,17 +264,15 @@ void rows_home(const ConvBlockShape& s, const float* value, int64_t stride, cons
 }
 
 template <typename T>
-void forward_columns(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
+void forward_columns(const ConvBlockShape& s, const View4<const T>& x, const float* packed,
                      const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
                      int64_t begin, int64_t end) {
   const ChannelParts parts(s.K, kChannelsTogether);
   const int64_t bands = (s.out_h + band - 1) / band, stride = rows_stride(s, band);
   const int64_t weights = s.C * s.kernel_h * s.kernel_w;
   Planes planes(s, band);
-  Scratch<float> packed_weight, value;
+  Scratch<float> value;
   Scratch<uint8_t> code;
-  packed_weight.reserve(s.K * weights);
-  pack_by_part(s, parts, weight, packed_weight.data);
   value.reserve(s.K * stride), code.reserve(s.K * stride);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
@@ -283,7 +281,7 @@ void forward_columns(const ConvBlockShape& s, const View4<const T>& x, const flo
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t k = parts.begin(part);
       pool_columns_of(parts.size(part), std::make_integer_sequence<int, kChannelsTogether>())(
-          s, planes, rows, packed_weight.data + k * weights, bias + k, value.data + k * stride,
+          s, planes, rows, packed + k * weights, bias + k, value.data + k * stride,
           winner ? code.data + k * stride : nullptr, stride);
     }
     rows_home(s, value.data, stride, out, n, p0, pixels);

@@ -40,25 +40,25 @@ constexpr int kWinogradVecs = L == 16 ? 4 : 3;
 
 // Blocks of output channels, as equal as possible.
 struct ChannelBlocks {
-  int64_t vecs, count;
-  explicit ChannelBlocks(const ConvBlockShape& s) : vecs((s.K + L - 1) / L) {
+  int64_t K, vecs, count;
+  explicit ChannelBlocks(const ConvBlockShape& s) : K(s.K), vecs((s.K + L - 1) / L) {
     const int64_t most = winograd_serves(s) ? kWinogradVecs : kMaxVecs;
     count = (vecs + most - 1) / most;
   }
   int64_t begin(int64_t b) const { return b * (vecs / count) + std::min(b, vecs % count); }
+  int64_t channel(int64_t b) const { return std::min(begin(b) * L, K); }  // begin, or the end
 };
 
-// [block][run, position in the run][block's channels]: the order in which a tile reads it.
-inline void pack_forward_weight(const ConvBlockShape& s, const float* weight, float* packed) {
-  const int64_t row = s.kernel_h * s.kernel_w * s.C;
-  const ChannelBlocks blocks(s);
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t k0 = blocks.begin(b) * L, width = blocks.begin(b + 1) * L - k0;
-    const int64_t channels = std::min(width, s.K - k0);
-    if (channels < width) std::fill_n(packed, row * width, 0.f);
-    channels_to_pixels(weight + k0 * row, row, channels, row, packed, {row, 0, width});
-    packed += row * width;
-  }
+// [run, position in the run][channels]: the order in which a tile reads the weights of the block of
+// `width` channels from k0 on.
+inline void pack_block(const ConvBlockShape& s, const DenseWeight& weight, int64_t k0,
+                       int64_t width, float* packed) {
+  const int64_t taps = s.kernel_h * s.kernel_w, row = taps * s.C;
+  const int64_t channels = std::min(width, s.K - k0);
+  if (channels < width) std::fill_n(packed, row * width, 0.f);
+  const Pixels by_tap{row, 0, width}, by_channel{taps, width, s.C * width};
+  channels_to_pixels(weight.data + k0 * row, row, channels, row, packed,
+                     weight.channel == 1 ? by_tap : by_channel);
 }
 
 template <int kVecs, int kCount = kPixels<kVecs>>

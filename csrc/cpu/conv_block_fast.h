@@ -8,25 +8,49 @@
 
 namespace fastcls::cpu {
 
-// Kernels for input and output dtype T. Weights and bias come as float: weight [K, kernel_h,
-// kernel_w, C], bias [K] (never null). All of them work on one range of units; units are
+// Weights [K, C, kernel_h, kernel_w] whose channels and taps lie together: element (k, c, t) at
+// data[k · C · taps + c · channel + t · tap].
+struct DenseWeight {
+  const float* data;
+  int64_t channel, tap;
+};
+
+// The forward pass of the images goes by bands of `rows` pooled rows and, where there would be too
+// few of them for the threads, each band by `shares` of the output channels.
+struct ForwardUnits {
+  int64_t rows, shares;
+};
+
+// Numbers of zeros that follow the bias: up to a whole vector of AVX-512, the longest.
+constexpr int64_t kBiasPadding = 15;
+
+// Brings weights into the order in which a pass reads them: so many floats, in blocks of output
+// channels that any thread may pack.
+struct WeightPacker {
+  int64_t (*floats)(const ConvBlockShape& s);
+  int64_t (*blocks)(const ConvBlockShape& s);
+  void (*pack)(const ConvBlockShape& s, const DenseWeight& weight, int64_t block, float* packed);
+};
+
+// Kernels for input and output dtype T. All of them work on one range of units; units are
 // independent, so that any thread may run any of them.
 template <typename T>
 struct ConvBlockKernels {
   // Does the forward pass go by Winograd's algorithm?
   bool (*winograd_serves)(const ConvBlockShape& s);
-  // Unit: a band of `band` pooled rows of one image.
-  void (*forward)(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
-                  const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
-                  int64_t begin, int64_t end);
+  WeightPacker forward_weight, input_weight;
+  // Unit: a share of a band. bias: [K] and zeros, never null; packed: by forward_weight
+  void (*forward)(const ConvBlockShape& s, const View4<const T>& x, const float* packed,
+                  const float* bias, const View4<T>& out, uint8_t* winner,
+                  const ForwardUnits& units, int64_t begin, int64_t end);
   // Unit: a chunk of `chunk` images. Writes partial [units, K, kernel_h · kernel_w · C + 1], whose
   // last column is the bias gradient.
   void (*backward_weight)(const ConvBlockShape& s, const View4<const T>& grad_out,
                           const View4<const T>& x, const uint8_t* winner, float* partial,
                           int64_t chunk, int64_t begin, int64_t end);
-  // Unit: one image.
+  // Unit: one image. packed: by input_weight
   void (*backward_input)(const ConvBlockShape& s, const View4<const T>& grad_out,
-                         const float* weight, const uint8_t* winner, const View4<T>& grad_input,
+                         const float* packed, const uint8_t* winner, const View4<T>& grad_input,
                          int64_t begin, int64_t end);
 };
 

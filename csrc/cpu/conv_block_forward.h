@@ -31,15 +31,15 @@ struct Home {
     return {value, code, padded_K};
   }
 
-  // `pixels` of each of `images`; out is dense, so that they are one long row.
-  void finish(int64_t n, int64_t p0, int64_t images, int64_t pixels) const {
+  // Channels [k0, k1) of `pixels` of each of `images`; out is dense, so that they are one long row.
+  void finish(int64_t n, int64_t p0, int64_t images, int64_t pixels, int64_t k0, int64_t k1) const {
     if (!direct)
       for (int64_t i = 0; i < images; ++i)
-        unpack_pixels(values.data + i * pixels * padded_K, {pixels, 0, padded_K}, out, n + i, p0, 1,
-                      s.K);
+        unpack_pixels(values.data + i * pixels * padded_K + k0, {pixels, 0, padded_K},
+                      out.from_channel(k0), n + i, p0, 1, k1 - k0);
     if (winner && !whole_vectors)
       for (int64_t p = 0; p < images * pixels; ++p)
-        std::copy_n(codes.data + p * padded_K, s.K, winner_row(n, p0) + p * s.K);
+        std::copy_n(codes.data + p * padded_K + k0, k1 - k0, winner_row(n, p0) + p * s.K + k0);
   }
 };
 
@@ -75,10 +75,32 @@ void ask_for_image(const ConvBlockShape& s, const View4<const T>& x, int64_t n) 
   for (int64_t i = 0; i < s.C * s.H * s.W; i += kLine) __builtin_prefetch(image + i, 0, 2);
 }
 
+// What a thread does in one go: bands [begin, end), and blocks [first_block, last_block) of the
+// channels of each.
+struct Job {
+  int64_t begin, end, first_block, last_block;
+};
+
+// Calls f(job) for the units [begin, end): whole bands together.
+template <typename F>
+void for_jobs(int64_t begin, int64_t end, int64_t shares, int64_t blocks, const F& f) {
+  while (begin < end) {
+    const int64_t band = begin / shares, share = begin % shares, whole = end / shares - band;
+    if (share == 0 && whole > 0) {
+      f(Job{band, band + whole, 0, blocks});
+      begin += whole * shares;
+    } else {
+      const int64_t last = std::min(end - band * shares, shares);
+      f(Job{band, band + 1, share * blocks / shares, last * blocks / shares});
+      begin = band * shares + last;
+    }
+  }
+}
+
 template <typename T, typename E>
 void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* weight,
                     const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
-                    int64_t begin, int64_t end) {
+                    const Job& job) {
   const Runs runs(s);
   const ChannelBlocks blocks(s);
   const int64_t bands = (s.out_h + band - 1) / band;
@@ -91,13 +113,13 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
   if (needs_conv_rows(s))
     conv.reserve(((band - 1) * s.pool_stride_h + s.pool_h) * s.conv_w * kMaxVecs * L);
 
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int64_t unit = job.begin; unit < job.end; ++unit) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
     const int64_t rows = std::min(band, s.out_h - p0);
     const Band input(s, p0, p0 + rows);
     pack_band(s, x, s.C, n, input.first, input.rows, packed.data);
-    if (whole_images && unit + 1 < end) ask_for_image(s, x, n + 1);
-    for (int64_t b = 0; b < blocks.count; ++b) {
+    if (whole_images && unit + 1 < job.end) ask_for_image(s, x, n + 1);
+    for (int64_t b = job.first_block; b < job.last_block; ++b) {
       const int64_t k0 = blocks.begin(b) * L;
       const E* w = weight + blocks.begin(b) * weights_of_vec<E>(runs);
       with_vecs<kMaxVecs>(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
@@ -105,14 +127,15 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
                                              conv.data, home.block(n, p0, k0));
       });
     }
-    home.finish(n, p0, 1, rows * s.out_w);
+    home.finish(n, p0, 1, rows * s.out_w, blocks.channel(job.first_block),
+                blocks.channel(job.last_block));
   }
 }
 
 template <typename T>
 void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
                       const float* u, const float* bias, const View4<T>& out, uint8_t* winner,
-                      int64_t band, int64_t begin, int64_t end) {
+                      int64_t band, const Job& job) {
   const Runs runs(s);
   const ChannelBlocks blocks(s);
   const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
@@ -120,7 +143,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   // One row more, which the last tiles of an odd number of rows look at, and one pixel, which the
   // very last tile does if the width is odd too.
   const int64_t beyond = row + s.C, packed_size = packed_floats(s, band) + beyond;
-  const int64_t group = images_in_group(s, bands, packed_size, end - begin);
+  const int64_t group = images_in_group(s, bands, packed_size, job.end - job.begin);
   // Transformed patches of a block of tiles take a quarter of a small second-level cache.
   const int64_t block_tiles = std::max<int64_t>(32768 / (kPositions * s.C), 24) / 24 * 24;
   Scratch<float> packed, v, m;
@@ -129,9 +152,9 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
   v.reserve(kPositions * block_tiles * s.C);
   m.reserve(kPositions * block_tiles * kWinogradVecs * L);
 
-  for (int64_t unit = begin; unit < end; unit += group) {
+  for (int64_t unit = job.begin; unit < job.end; unit += group) {
     const int64_t n = unit / bands, p0 = unit % bands * band;
-    const int64_t images = std::min(group, end - unit), rows = std::min(band, s.out_h - p0);
+    const int64_t images = std::min(group, job.end - unit), rows = std::min(band, s.out_h - p0);
     const TileGrid grid(s, rows);
     const Band input(s, p0, p0 + rows);
     for (int64_t i = 0; i < images; ++i) {
@@ -148,7 +171,7 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
       const int64_t padded = std::max<int64_t>(tiles, kMinTiles);
       for (int64_t t = 0; t < tiles; ++t)
         winograd_input(patch(t0 + t), row, s.C, v.data + t * s.C, padded * s.C);
-      for (int64_t b = 0; b < blocks.count; ++b) {
+      for (int64_t b = job.first_block; b < job.last_block; ++b) {
         const int64_t k0 = blocks.begin(b) * L;
         with_vecs<kWinogradVecs>(blocks.begin(b + 1) - blocks.begin(b), [&](auto vecs) {
           winograd_block<decltype(vecs)::value>(
@@ -157,47 +180,87 @@ void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const fl
         });
       }
     }
-    home.finish(n, p0, images, rows * s.out_w);
+    home.finish(n, p0, images, rows * s.out_w, blocks.channel(job.first_block),
+                blocks.channel(job.last_block));
   }
 }
 
-// Packed forward weights as pairs of neighbours of a run; an odd run ends with a zero.
-inline void pack_pairs(const ConvBlockShape& s, const float* packed, Operand* to) {
-  const Runs runs(s);
-  const ChannelBlocks blocks(s);
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L;
-    for (int64_t r = 0; r < runs.count; ++r, packed += runs.length * width)
-      for (int64_t e = 0; e < runs.length; e += 2)
-        for (int64_t k = 0; k < width; ++k)
-          for (int64_t i = 0; i < 2; ++i)
-            *to++ = static_cast<Operand>(e + i < runs.length ? packed[(e + i) * width + k] : 0.f);
+// ---- weights
+
+enum class ForwardPath { kColumns, kWinograd, kPairs, kDirect };
+inline ForwardPath forward_path(const ConvBlockShape& s) {
+  if (winograd_serves(s)) return ForwardPath::kWinograd;
+  if (columns_serve(s)) return ForwardPath::kColumns;
+  return kNarrow && !weights_stay(s) ? ForwardPath::kPairs : ForwardPath::kDirect;
+}
+
+inline int64_t packed_blocks(const ConvBlockShape& s) {
+  return forward_path(s) == ForwardPath::kColumns ? 1 : ChannelBlocks(s).count;
+}
+
+// Floats of the blocks of direct weights, which Winograd's follow.
+inline int64_t direct_floats(const ConvBlockShape& s) {
+  return round_up(s.K, L) * s.kernel_h * s.kernel_w * s.C;
+}
+inline int64_t packed_floats(const ConvBlockShape& s) {
+  switch (forward_path(s)) {
+    case ForwardPath::kColumns:
+      return s.K * s.kernel_h * s.kernel_w * s.C;
+    case ForwardPath::kWinograd:
+      return direct_floats(s) + round_up(s.K, L) * kPositions * s.C;
+    case ForwardPath::kPairs:
+      return (s.K + L - 1) / L * weights_of_vec<Operand>(Runs(s)) / kPerLane<Operand>;
+    default:
+      return direct_floats(s);
   }
+}
+
+// A block's packed weights as pairs of neighbours of a run; an odd run ends with a zero.
+inline void pack_pairs(const Runs& runs, const float* packed, int64_t width, Operand* to) {
+  for (int64_t r = 0; r < runs.count; ++r, packed += runs.length * width)
+    for (int64_t e = 0; e < runs.length; e += 2)
+      for (int64_t k = 0; k < width; ++k)
+        for (int64_t i = 0; i < 2; ++i)
+          *to++ = static_cast<Operand>(e + i < runs.length ? packed[(e + i) * width + k] : 0.f);
+}
+
+inline void pack_weight(const ConvBlockShape& s, const DenseWeight& weight, int64_t block,
+                        float* packed) {
+  const ForwardPath path = forward_path(s);
+  if (path == ForwardPath::kColumns) return pack_by_part(s, weight, packed);
+  const ChannelBlocks blocks(s);
+  const int64_t k0 = blocks.begin(block) * L, width = blocks.begin(block + 1) * L - k0;
+  const int64_t row = s.kernel_h * s.kernel_w * s.C;
+  if (path == ForwardPath::kPairs) {
+    const Runs runs(s);
+    Scratch<float> wide;
+    wide.reserve(row * width);
+    pack_block(s, weight, k0, width, wide.data);
+    Operand* pairs = reinterpret_cast<Operand*>(packed);
+    return pack_pairs(runs, wide.data, width,
+                      pairs + blocks.begin(block) * weights_of_vec<Operand>(runs));
+  }
+  pack_block(s, weight, k0, width, packed + k0 * row);
+  if (path == ForwardPath::kWinograd)
+    winograd_weight(s.C * width, packed + k0 * row,
+                    packed + direct_floats(s) + k0 * kPositions * s.C);
 }
 
 template <typename T>
-void forward(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
-             const float* bias, const View4<T>& out, uint8_t* winner, int64_t band, int64_t begin,
-             int64_t end) {
-  if (columns_serve(s) && !winograd_serves(s))
-    return forward_columns<T>(s, x, weight, bias, out, winner, band, begin, end);
-  const int64_t padded_K = round_up(s.K, L);
-  Scratch<float> packed_weight, packed_bias, u;
-  packed_weight.reserve(padded_K * s.kernel_h * s.kernel_w * s.C);
-  pack_forward_weight(s, weight, packed_weight.data);
-  packed_bias.reserve(padded_K);
-  std::fill(std::copy_n(bias, s.K, packed_bias.data), packed_bias.data + padded_K, 0.f);
-  if (winograd_serves(s)) {
-    u.reserve(padded_K * kPositions * s.C);
-    winograd_weight(s, packed_weight.data, u.data);
-    forward_winograd<T>(s, x, packed_weight.data, u.data, packed_bias.data, out, winner, band,
-                        begin, end);
-  } else if (kNarrow && !weights_stay(s)) {
-    Scratch<Operand> pairs;
-    pairs.reserve(padded_K / L * weights_of_vec<Operand>(Runs(s)));
-    pack_pairs(s, packed_weight.data, pairs.data);
-    forward_direct<T>(s, x, pairs.data, packed_bias.data, out, winner, band, begin, end);
-  } else {
-    forward_direct<T>(s, x, packed_weight.data, packed_bias.data, out, winner, band, begin, end);
-  }
+void forward(const ConvBlockShape& s, const View4<const T>& x, const float* packed,
+             const float* bias, const View4<T>& out, uint8_t* winner, const ForwardUnits& units,
+             int64_t begin, int64_t end) {
+  const ForwardPath path = forward_path(s);
+  if (path == ForwardPath::kColumns)
+    return forward_columns<T>(s, x, packed, bias, out, winner, units.rows, begin, end);
+  for_jobs(begin, end, units.shares, packed_blocks(s), [&](const Job& job) {
+    if (path == ForwardPath::kWinograd)
+      forward_winograd<T>(s, x, packed, packed + direct_floats(s), bias, out, winner, units.rows,
+                          job);
+    else if (path == ForwardPath::kPairs)
+      forward_direct<T>(s, x, reinterpret_cast<const Operand*>(packed), bias, out, winner,
+                        units.rows, job);
+    else
+      forward_direct<T>(s, x, packed, bias, out, winner, units.rows, job);
+  });
 }

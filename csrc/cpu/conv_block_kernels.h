@@ -19,7 +19,12 @@
 
 template <typename T>
 ConvBlockKernels<T> conv_block_kernels() {
-  return {winograd_serves, forward<T>, backward_weight<T>, backward_input<T>};
+  return {winograd_serves,
+          {packed_floats, packed_blocks, pack_weight},
+          {packed_input_floats, packed_input_blocks, pack_input_weight},
+          forward<T>,
+          backward_weight<T>,
+          backward_input<T>};
 }
 template ConvBlockKernels<BFloat16> conv_block_kernels<BFloat16>();
 #if !defined(FASTCLS_AVX512_BF16)

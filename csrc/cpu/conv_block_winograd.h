@@ -25,23 +25,18 @@ constexpr int kPositions = 16;
   u[0] = g0, u[1] = outer + inner, u[2] = outer - inner, u[3] = g2;
 }
 
-// G g Gᵀ [block][position][c][block's channels] of packed forward weights [block][tap][c][...].
-inline void winograd_weight(const ConvBlockShape& s, const float* weight, float* u) {
-  const ChannelBlocks blocks(s);
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t width = (blocks.begin(b + 1) - blocks.begin(b)) * L, step = s.C * width;
-    for (int64_t e = 0; e < step; e += L) {
-      Vec columns[3][4], row[4];
-      for (int j = 0; j < 3; ++j)
-        winograd_kernel_axis(Vec::load(weight + j * step + e),
-                             Vec::load(weight + (3 + j) * step + e),
-                             Vec::load(weight + (6 + j) * step + e), columns[j]);
-      for (int i = 0; i < 4; ++i) {
-        winograd_kernel_axis(columns[0][i], columns[1][i], columns[2][i], row);
-        for (int j = 0; j < 4; ++j) row[j].store(u + (4 * i + j) * step + e);
-      }
+// G g Gᵀ [position][c][channels] of a block's packed weights [tap][c][channels], with `step` = c ·
+// channels.
+inline void winograd_weight(int64_t step, const float* weight, float* u) {
+  for (int64_t e = 0; e < step; e += L) {
+    Vec columns[3][4], row[4];
+    for (int j = 0; j < 3; ++j)
+      winograd_kernel_axis(Vec::load(weight + j * step + e), Vec::load(weight + (3 + j) * step + e),
+                           Vec::load(weight + (6 + j) * step + e), columns[j]);
+    for (int i = 0; i < 4; ++i) {
+      winograd_kernel_axis(columns[0][i], columns[1][i], columns[2][i], row);
+      for (int j = 0; j < 4; ++j) row[j].store(u + (4 * i + j) * step + e);
     }
-    weight += 9 * step, u += kPositions * step;
   }
 }
 

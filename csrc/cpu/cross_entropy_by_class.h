@@ -206,6 +206,8 @@ bool sum_near_zero(const Run<T, P>& run, int64_t row, int64_t ahead, float* powe
   const auto fit = Vec::not_less(Vec::set(kGreatestLogit), sums.greatest);
   if (!(Vec::bits(fit) == kAllLanes && sums.sum > kLeastSum && p_y > kLeastProbability))
     return false;
+  const float weight = run.scale[row] * r->at_target[i];
+  if (run.weight && !(weight == 0 || std::abs(weight / sums.sum) > kLeastFactor)) return false;
   if (run.hits) *run.hits += row_is_hit(run, row, reduce_max(sums.greatest), sums.sum);
   return true;
 }
@@ -258,7 +260,7 @@ void forward_by_class(const Run<T, P>& run, int64_t first, int64_t rows, float* 
     }
     const float* power = powers_of(i);
     const float g_y = gradient_at_target(run, row, r.q_sum[i], power[y] / r.sum[i]);
-    const float factor = run.scale[row] * ((r.q_sum[i] + r.at_target[i]) / r.sum[i]);
+    const float factor = run.scale[row] * (r.q_sum[i] + r.at_target[i]) / r.sum[i];
     write_row_gradient<kSpread>(run, row, factor, g_y,
                                 [&](int64_t c) { return Vec::load(power + c); });
   }

@@ -63,6 +63,8 @@ constexpr int64_t kMaxTileClasses = 256;
 constexpr float kGreatestLogit = 60;   // exp(60) times a billion classes < 2^117
 constexpr float kLeastSum = 0x1p-60f;  // far above what exp rounds to 0, 2^-126
 constexpr float kLeastProbability = 0x1p-100f;
+// A gradient is such an exponential times weight / sum: far above 2^-126 too, or exactly 0.
+constexpr float kLeastFactor = 0x1p-110f;
 
 // Is that so in all lanes?
 inline bool near_zero(Vec greatest, Vec sum, Vec p_y) {
@@ -70,6 +72,13 @@ inline bool near_zero(Vec greatest, Vec sum, Vec p_y) {
                                 Vec::greater(sum, Vec::set(kLeastSum)));
   const auto fit = Vec::not_less(Vec::set(kGreatestLogit), greatest);
   return Vec::bits(Vec::both(enough, fit)) == kAllLanes;
+}
+
+// Does weight / sum keep the digits of every weight?
+inline bool keep_digits(Vec weight_by_sum, Vec weight) {
+  const Vec zero = Vec::zero(), size = Vec::max(weight_by_sum, zero - weight_by_sum);
+  const auto large = Vec::greater(size, Vec::set(kLeastFactor));
+  return Vec::bits(Vec::either(large, Vec::equal(weight, zero))) == kAllLanes;
 }
 
 // The losses of several tiles are finished together: a logarithm alone would keep the processor
@@ -166,22 +175,24 @@ void backward_rows_with(const Run<T, P>& run) {
   }
 }
 
+// Calls f with the run's Spread, as a constant.
+template <typename T, typename P, typename F>
+void with_spread(const Run<T, P>& run, const F& f) {
+  if constexpr (std::is_same_v<T, P>) {
+    if (!run.prob && run.uniform) return f(std::integral_constant<Spread, Spread::kSmoothing>{});
+    if (!run.prob) return f(std::integral_constant<Spread, Spread::kNone>{});
+  }
+  f(std::integral_constant<Spread, Spread::kProbabilities>{});
+}
+
 template <typename T, typename P>
 void forward_rows(const Run<T, P>& run) {
-  if constexpr (std::is_same_v<T, P>) {
-    if (!run.prob && run.uniform) return forward_rows_with<Spread::kSmoothing>(run);
-    if (!run.prob) return forward_rows_with<Spread::kNone>(run);
-  }
-  forward_rows_with<Spread::kProbabilities>(run);
+  with_spread(run, [&](auto spread) { forward_rows_with<spread.value>(run); });
 }
 
 template <typename T, typename P>
 void backward_rows(const Run<T, P>& run) {
-  if constexpr (std::is_same_v<T, P>) {
-    if (!run.prob && run.uniform) return backward_rows_with<Spread::kSmoothing>(run);
-    if (!run.prob) return backward_rows_with<Spread::kNone>(run);
-  }
-  backward_rows_with<Spread::kProbabilities>(run);
+  with_spread(run, [&](auto spread) { backward_rows_with<spread.value>(run); });
 }
 
 #include "cpu/cross_entropy_row_loops.h"

@@ -240,12 +240,13 @@ bool forward_tile_near_zero(const Run<T>& run, int64_t first, int64_t from,
   const auto power = [&](int i, int64_t y) { return tiles->x[y * kLanes + i]; };
   const Vec p_y = lanes_of_targets(run, first, kLanes, power) * inverse;
   const Vec at_target = tile_target_weights(run, first, kLanes);
+  const Vec of_row = Vec::load(run.scale + first) * at_target, factor = of_row * inverse;
   if (!near_zero(greatest, total, p_y)) return false;
+  if (run.weight && !keep_digits(factor, of_row)) return false;
   if (run.hits) *run.hits += tile_hits(run, first, kLanes, from, x, cls);
   *r = {zero, p_y, zero, zero, zero, zero - at_target};
   if (!run.grad) return true;
   const Rows target{zero, zero, zero, zero, zero, at_target};
-  const Vec factor = (Vec::load(run.scale + first) * at_target) * inverse;
   write_tile_gradient(run, first, kLanes, target, factor, p_y, *tiles);
   return true;
 }

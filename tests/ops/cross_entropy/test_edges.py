@@ -100,17 +100,20 @@ def test_one_class_costs_nothing(device):
         assert (loss == 0).all() and (grad == 0).all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("C", [10, 21])
-def test_small_weights_of_classes_with_large_logits(device, C, strided):
-    """Their products with exp(-x) would be below the smallest number, those of the mean are not."""
+@pytest.mark.parametrize("C", [2, 10, 21, 300])
+def test_small_weights_of_classes_with_large_logits(device, C, strided, reduction):
+    """Their products with exp(-x) would be below the smallest number."""
     input, target = make_case((40, C), "index", device=device, scale=0.3)
     input += 54
     if strided:
         input = with_strided_classes(input)
     weight = class_weight(C, device=device) * 1e-20
-    _, grad = value_and_grad(cross_entropy, input, target, weight=weight)
-    _, exact = value_and_grad(F.cross_entropy, input.double(), target, weight=weight.double())
+    arguments = {"weight": weight, "reduction": reduction}
+    _, grad = value_and_grad(cross_entropy, input, target, **arguments)
+    arguments["weight"] = weight.double()
+    _, exact = value_and_grad(F.cross_entropy, input.double(), target, **arguments)
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=0)
 
 
