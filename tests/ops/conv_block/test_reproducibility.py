@@ -38,14 +38,15 @@ def test_same_bits_every_time(name, dtype, device):
         assert_same(a, b, "second run")
 
 
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16-float32"])
-@pytest.mark.parametrize("name", REPEATED)
-def test_same_bits_with_any_number_of_threads(name, dtype):
-    case = replace(BY_NAME[name], batch=5)
+@pytest.mark.parametrize("name", [*REPEATED, "bands", "shares", "winograd-shares"])
+def test_same_bits_with_any_number_of_threads(name, dtype, batch):
+    case = replace(BY_NAME[name], batch=batch)
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3, 7):
+        for count in (1, 2, 3, 7, 16):
             torch.set_num_threads(count)
             results.append(run(case, DTYPES[dtype], "cpu"))
     finally:
