@@ -6,7 +6,7 @@ inline bool windows_are_2x2(const ConvBlockShape& s) {
          2 * s.out_w <= s.conv_w;
 }
 inline bool has_no_pool(const ConvBlockShape& s) {
-  return s.window() == 1 && s.pool_stride_h == 1 && s.pool_stride_w == 1;
+  return s.window() == 1 && s.out_h == s.conv_h && s.out_w == s.conv_w;
 }
 // Does Winograd's algorithm pay? There are at least 16 input channels to spread the transforms
 // over, in whole vectors, and its 16 products of floats are fewer than 36 / 2 of pairs, without
