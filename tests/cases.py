@@ -149,9 +149,6 @@ CORNERS = [
              padding=1),
     ConvCase("channel-chunks", "more channels than a CUDA block's shared memory holds at a time",
              100, 40, 6, 6, padding=1, batch=2),
-    ConvCase("shares", "CPU: threads share out the channels of an image, which fill no vector", 8,
-             75, 6, 7, pool_size=3, pool_stride=1, batch=1),
-    ConvCase("winograd-shares", "the same by Winograd", 16, 150, 6, 6, padding=1, batch=1),
     ConvCase("bands-overlap", "bands that share rows", 16, 8, 23, 224, padding=1, pool_size=3,
              pool_stride=2, pool_padding=1, batch=2),
 ]  # fmt: skip

@@ -2,7 +2,9 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -29,23 +31,29 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
   return {};
 }
 
-// Weights that are worth waking a thread for.
-constexpr int64_t kThreadWeights = 32768;
+// Weights to pack, and products, that are worth waking a thread for.
+constexpr int64_t kThreadWeights = 32768, kThreadProducts = 1 << 19;
+
+// The least of `parts` equal parts of `work` that make up `of_thread`.
+int64_t grain(int64_t parts, int64_t work, int64_t of_thread) {
+  return std::max<int64_t>(of_thread * parts / std::max<int64_t>(work, 1), 1);
+}
+
+int64_t weights(const ConvBlockShape& s) { return s.K * s.C * s.kernel_h * s.kernel_w; }
+int64_t products(const ConvBlockShape& s) { return s.N * s.conv_h * s.conv_w * weights(s); }
 
 // Calls f(i) for `n` parts of the weights, on several threads if there are enough weights.
 template <typename F>
 void for_parts_of_weights(const ConvBlockShape& s, int64_t n, const F& f) {
-  const int64_t weights = s.K * s.C * s.kernel_h * s.kernel_w;
-  parallel_for(0, n, std::max<int64_t>(kThreadWeights * n / std::max<int64_t>(weights, 1), 1),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) f(i);
-               });
+  parallel_for(0, n, grain(n, weights(s), kThreadWeights), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
 }
 
-// Not filled; aligned to a line of the cache. Vectors may read past the end.
+// Not filled; aligned to a line of the cache.
 class AlignedFloats {
  public:
-  explicit AlignedFloats(int64_t n) : memory_(new float[n + kBeyond]) {
+  explicit AlignedFloats(int64_t n) : memory_(new float[n + kLine]) {
     ask_for_huge_pages(memory_.get(), n * sizeof(float));
   }
   float* get() const {
@@ -54,7 +62,7 @@ class AlignedFloats {
   }
 
  private:
-  static constexpr int64_t kBeyond = 32;  // a line and a vector
+  static constexpr int64_t kLine = 64 / sizeof(float);
   std::unique_ptr<float[]> memory_;
 };
 
@@ -99,13 +107,16 @@ AlignedFloats pack(const WeightPacker& packer, const ConvBlockShape& s,
   return packed;
 }
 
-// Bands of images, and parts of their channels, for the threads at hand: several units to a thread,
-// so that none waits long for the others. Each share packs its band's input again.
+// Fewer bands than threads are shared out by channels: several shares to a thread, so that none
+// waits long for the others, but none too small to wake one for.
 ForwardUnits forward_units(const ConvBlockShape& s, int64_t blocks) {
-  constexpr int64_t kUnitsOfThread = 4;
-  const int64_t rows = band_rows(s), bands = s.N * ((s.out_h + rows - 1) / rows);
-  const int64_t wanted = kUnitsOfThread * torch::stable::get_num_threads();
-  return {rows, std::clamp<int64_t>((wanted + bands - 1) / bands, 1, blocks)};
+  constexpr int64_t kSharesOfThread = 4;
+  const int64_t rows = band_rows(s), bands = (s.out_h + rows - 1) / rows, all = s.N * bands;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (all >= threads) return {rows, bands, 1};
+  const int64_t wanted = (kSharesOfThread * threads + all - 1) / all;
+  const int64_t most = std::min(blocks, products(s) / all / kThreadProducts);
+  return {rows, bands, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1))};
 }
 
 template <typename T, typename W>
@@ -117,10 +128,11 @@ void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
   if (bias)
     for (int64_t k = 0; k < s.K; ++k) float_bias[k] = static_cast<float>(bias[k]);
   const ForwardUnits units = forward_units(s, kernels.forward_weight.blocks(s));
-  const int64_t bands = s.N * ((s.out_h + units.rows - 1) / units.rows);
-  parallel_for(0, bands * units.shares, 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(s, x, packed.get(), float_bias.data(), out, winner, units, begin, end);
-  });
+  const int64_t count = s.N * units.bands * units.shares;
+  parallel_for(
+      0, count, grain(count, products(s), kThreadProducts), [&](int64_t begin, int64_t end) {
+        kernels.forward(s, x, packed.get(), float_bias.data(), out, winner, units, begin, end);
+      });
 }
 
 template <typename T, typename W>
@@ -128,7 +140,7 @@ void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShap
                          const View4<const T>& grad_out, const View4<const W>& weight,
                          const uint8_t* winner, const View4<T>& grad_input) {
   const AlignedFloats packed = pack(kernels.input_weight, s, weight);
-  parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.N, grain(s.N, products(s), kThreadProducts), [&](int64_t begin, int64_t end) {
     kernels.backward_input(s, grad_out, packed.get(), winner, grad_input, begin, end);
   });
 }
@@ -148,10 +160,11 @@ void backward_weight_fast(const ConvBlockKernels<T>& kernels, const ConvBlockSha
   const int64_t units = (s.N + chunk - 1) / chunk;
   const std::unique_ptr<float[]> partial(new float[units * size]);
   ask_for_huge_pages(partial.get(), units * size * sizeof(float));
-  parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_weight(s, grad_out, x, winner, partial.get(), chunk, begin, end);
-  });
-  parallel_for(0, s.K, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, grain(units, products(s), kThreadProducts),
+               [&](int64_t begin, int64_t end) {
+                 kernels.backward_weight(s, grad_out, x, winner, partial.get(), chunk, begin, end);
+               });
+  parallel_for(0, s.K, grain(s.K, units * size, kThreadWeights), [&](int64_t begin, int64_t end) {
     std::vector<float> sum(row);
     for (int64_t k = begin; k < end; ++k) {
       std::fill(sum.begin(), sum.end(), 0.f);

@@ -265,10 +265,10 @@ void rows_home(const ConvBlockShape& s, const float* value, int64_t stride, cons
 
 template <typename T>
 void forward_columns(const ConvBlockShape& s, const View4<const T>& x, const float* packed,
-                     const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
-                     int64_t begin, int64_t end) {
+                     const float* bias, const View4<T>& out, uint8_t* winner,
+                     const ForwardUnits& units, int64_t begin, int64_t end) {
   const ChannelParts parts(s.K, kChannelsTogether);
-  const int64_t bands = (s.out_h + band - 1) / band, stride = rows_stride(s, band);
+  const int64_t band = units.rows, bands = units.bands, stride = rows_stride(s, band);
   const int64_t weights = s.C * s.kernel_h * s.kernel_w;
   Planes planes(s, band);
   Scratch<float> value;

@@ -15,13 +15,13 @@ struct DenseWeight {
   int64_t channel, tap;
 };
 
-// The forward pass of the images goes by bands of `rows` pooled rows and, where there would be too
+// The forward pass of an image goes by `bands` of `rows` pooled rows and, where there would be too
 // few of them for the threads, each band by `shares` of the output channels.
 struct ForwardUnits {
-  int64_t rows, shares;
+  int64_t rows, bands, shares;
 };
 
-// Numbers of zeros that follow the bias: up to a whole vector of AVX-512, the longest.
+// Number of zeros that follow the bias: up to a whole vector of AVX-512, the longest.
 constexpr int64_t kBiasPadding = 15;
 
 // Brings weights into the order in which a pass reads them: so many floats, in blocks of output

@@ -75,6 +75,8 @@ void ask_for_image(const ConvBlockShape& s, const View4<const T>& x, int64_t n) 
   for (int64_t i = 0; i < s.C * s.H * s.W; i += kLine) __builtin_prefetch(image + i, 0, 2);
 }
 
+static_assert(kBiasPadding >= L - 1);
+
 // What a thread does in one go: bands [begin, end), and blocks [first_block, last_block) of the
 // channels of each.
 struct Job {
@@ -85,8 +87,9 @@ struct Job {
 template <typename F>
 void for_jobs(int64_t begin, int64_t end, int64_t shares, int64_t blocks, const F& f) {
   while (begin < end) {
-    const int64_t band = begin / shares, share = begin % shares, whole = end / shares - band;
-    if (share == 0 && whole > 0) {
+    const int64_t band = begin / shares, share = begin % shares;
+    const int64_t whole = share ? 0 : end / shares - band;
+    if (whole > 0) {
       f(Job{band, band + whole, 0, blocks});
       begin += whole * shares;
     } else {
@@ -99,11 +102,11 @@ void for_jobs(int64_t begin, int64_t end, int64_t shares, int64_t blocks, const 
 
 template <typename T, typename E>
 void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* weight,
-                    const float* bias, const View4<T>& out, uint8_t* winner, int64_t band,
-                    const Job& job) {
+                    const float* bias, const View4<T>& out, uint8_t* winner,
+                    const ForwardUnits& units, const Job& job) {
   const Runs runs(s);
   const ChannelBlocks blocks(s);
-  const int64_t bands = (s.out_h + band - 1) / band;
+  const int64_t band = units.rows, bands = units.bands;
   const bool whole_images = bands == 1 && s.C > 1;
   Scratch<E> packed;
   Scratch<float> conv;
@@ -135,11 +138,11 @@ void forward_direct(const ConvBlockShape& s, const View4<const T>& x, const E* w
 template <typename T>
 void forward_winograd(const ConvBlockShape& s, const View4<const T>& x, const float* weight,
                       const float* u, const float* bias, const View4<T>& out, uint8_t* winner,
-                      int64_t band, const Job& job) {
+                      const ForwardUnits& units, const Job& job) {
   const Runs runs(s);
   const ChannelBlocks blocks(s);
   const int64_t taps = 9 * s.C, row = (s.W + 2 * s.pad_w) * s.C;
-  const int64_t bands = (s.out_h + band - 1) / band;
+  const int64_t band = units.rows, bands = units.bands;
   // One row more, which the last tiles of an odd number of rows look at, and one pixel, which the
   // very last tile does if the width is odd too.
   const int64_t beyond = row + s.C, packed_size = packed_floats(s, band) + beyond;
@@ -194,7 +197,7 @@ inline ForwardPath forward_path(const ConvBlockShape& s) {
   return kNarrow && !weights_stay(s) ? ForwardPath::kPairs : ForwardPath::kDirect;
 }
 
-inline int64_t packed_blocks(const ConvBlockShape& s) {
+inline int64_t packed_weight_blocks(const ConvBlockShape& s) {
   return forward_path(s) == ForwardPath::kColumns ? 1 : ChannelBlocks(s).count;
 }
 
@@ -202,7 +205,7 @@ inline int64_t packed_blocks(const ConvBlockShape& s) {
 inline int64_t direct_floats(const ConvBlockShape& s) {
   return round_up(s.K, L) * s.kernel_h * s.kernel_w * s.C;
 }
-inline int64_t packed_floats(const ConvBlockShape& s) {
+inline int64_t packed_weight_floats(const ConvBlockShape& s) {
   switch (forward_path(s)) {
     case ForwardPath::kColumns:
       return s.K * s.kernel_h * s.kernel_w * s.C;
@@ -252,15 +255,14 @@ void forward(const ConvBlockShape& s, const View4<const T>& x, const float* pack
              int64_t begin, int64_t end) {
   const ForwardPath path = forward_path(s);
   if (path == ForwardPath::kColumns)
-    return forward_columns<T>(s, x, packed, bias, out, winner, units.rows, begin, end);
-  for_jobs(begin, end, units.shares, packed_blocks(s), [&](const Job& job) {
+    return forward_columns<T>(s, x, packed, bias, out, winner, units, begin, end);
+  for_jobs(begin, end, units.shares, packed_weight_blocks(s), [&](const Job& job) {
     if (path == ForwardPath::kWinograd)
-      forward_winograd<T>(s, x, packed, packed + direct_floats(s), bias, out, winner, units.rows,
-                          job);
+      forward_winograd<T>(s, x, packed, packed + direct_floats(s), bias, out, winner, units, job);
     else if (path == ForwardPath::kPairs)
-      forward_direct<T>(s, x, reinterpret_cast<const Operand*>(packed), bias, out, winner,
-                        units.rows, job);
+      forward_direct<T>(s, x, reinterpret_cast<const Operand*>(packed), bias, out, winner, units,
+                        job);
     else
-      forward_direct<T>(s, x, packed, bias, out, winner, units.rows, job);
+      forward_direct<T>(s, x, packed, bias, out, winner, units, job);
   });
 }

@@ -20,7 +20,7 @@
 template <typename T>
 ConvBlockKernels<T> conv_block_kernels() {
   return {winograd_serves,
-          {packed_floats, packed_blocks, pack_weight},
+          {packed_weight_floats, packed_weight_blocks, pack_weight},
           {packed_input_floats, packed_input_blocks, pack_input_weight},
           forward<T>,
           backward_weight<T>,

@@ -155,7 +155,8 @@ struct FlatTile {
     if (!kPlain) scale = Vec::select(Vec::not_less(targets, zero), scale, zero);
     const Vec at_target = scale * weight;
     *flat = {power_y, sum, at_target * inverse, at_target, targets};
-    return near_zero(greatest, sum, p_y) && (kPlain || keep_digits(flat->factor, at_target));
+    if (!near_zero(greatest, sum, p_y)) return false;
+    return kPlain || !run.grad || keep_digits(flat->factor, at_target);
   }
 
   [[gnu::always_inline]] void write_gradient(const FlatRows& flat) const {

@@ -63,8 +63,8 @@ constexpr int64_t kMaxTileClasses = 256;
 constexpr float kGreatestLogit = 60;   // exp(60) times a billion classes < 2^117
 constexpr float kLeastSum = 0x1p-60f;  // far above what exp rounds to 0, 2^-126
 constexpr float kLeastProbability = 0x1p-100f;
-// A gradient is such an exponential times weight / sum: far above 2^-126 too, or exactly 0.
-constexpr float kLeastFactor = 0x1p-110f;
+// Their factor in the gradient is weight / sum: within what float32 has, with digits, or exactly 0.
+constexpr float kLeastFactor = 0x1p-110f, kGreatestFactor = 0x1p110f;
 
 // Is that so in all lanes?
 inline bool near_zero(Vec greatest, Vec sum, Vec p_y) {
@@ -74,11 +74,16 @@ inline bool near_zero(Vec greatest, Vec sum, Vec p_y) {
   return Vec::bits(Vec::both(enough, fit)) == kAllLanes;
 }
 
-// Does weight / sum keep the digits of every weight?
+// Is weight / sum a number with the digits of its weight in all lanes?
 inline bool keep_digits(Vec weight_by_sum, Vec weight) {
   const Vec zero = Vec::zero(), size = Vec::max(weight_by_sum, zero - weight_by_sum);
-  const auto large = Vec::greater(size, Vec::set(kLeastFactor));
-  return Vec::bits(Vec::either(large, Vec::equal(weight, zero))) == kAllLanes;
+  const auto kept = Vec::both(Vec::greater(size, Vec::set(kLeastFactor)),
+                              Vec::greater(Vec::set(kGreatestFactor), size));
+  return Vec::bits(Vec::either(kept, Vec::equal(weight, zero))) == kAllLanes;
+}
+inline bool keeps_digits(float weight_by_sum, float weight) {
+  const float size = std::abs(weight_by_sum);
+  return weight == 0 || (size > kLeastFactor && size < kGreatestFactor);
 }
 
 // The losses of several tiles are finished together: a logarithm alone would keep the processor

@@ -242,7 +242,7 @@ bool forward_tile_near_zero(const Run<T>& run, int64_t first, int64_t from,
   const Vec at_target = tile_target_weights(run, first, kLanes);
   const Vec of_row = Vec::load(run.scale + first) * at_target, factor = of_row * inverse;
   if (!near_zero(greatest, total, p_y)) return false;
-  if (run.weight && !keep_digits(factor, of_row)) return false;
+  if (run.weight && run.grad && !keep_digits(factor, of_row)) return false;
   if (run.hits) *run.hits += tile_hits(run, first, kLanes, from, x, cls);
   *r = {zero, p_y, zero, zero, zero, zero - at_target};
   if (!run.grad) return true;
@@ -299,7 +299,7 @@ Rows forward_tile(const Run<T, P>& run, int64_t first, int64_t rows, int64_t fro
   r.sum = sum.total(), r.q_sum = q_sum.total(), r.q_dot = q_dot.total();
   if (!run.grad) return r;
   const Vec inverse = Vec::set(1.0f) / r.sum;
-  const Vec factor = Vec::load(run.scale + first) * ((r.q_sum + r.at_target) * inverse);
+  const Vec factor = Vec::load(run.scale + first) * (r.q_sum + r.at_target) * inverse;
   write_tile_gradient(run, first, rows, r, factor, exp(r.below_y) * inverse, *tiles);
   return r;
 }
