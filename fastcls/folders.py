@@ -10,6 +10,7 @@ import torch
 from fastcls.config import Config
 from fastcls.data import Batches, Data, ImageSet, Input, shares_of, to_floats
 from fastcls.errors import UserError, import_extra
+from fastcls.signals import leave_stops_to_the_training
 
 # Folders of these names hold class folders of their own, and are no classes.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -136,6 +137,7 @@ class FolderBatches(Batches):
             batch_sampler=[[(number, index) for index in batch] for batch in chosen],
             num_workers=min(self.workers, len(chosen)),
             collate_fn=self.files.batch,
+            worker_init_fn=leave_stops_to_the_training,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or a number for each loader is drawn from torch's own
         )

@@ -4,9 +4,7 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from fastcls.data import Data
 from fastcls.datasets import data_root
 from fastcls.distributed import Share
 from fastcls.errors import UserError, import_extra
+from fastcls.signals import stop_signals
 from fastcls.summary import Outcome, table_row
 from fastcls.train import Trainer
 
@@ -432,34 +431,3 @@ def _conclude(trainer: Trainer, folder: RunFolder) -> None:
     print(f"best epoch by {chosen_by} loss: {best['epoch']}")
     print(outcome.text())
     print(f"files in {folder.path}")
-
-
-# Ctrl-C, what schedulers of batch jobs send before they kill, and the end of a terminal.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, :data:`STOPS` only make the yielded function return True; a second Ctrl-C interrupts.
-
-    So the running step ends and what is saved belongs together.
-    """
-    came = []
-
-    def note(signum, frame):
-        # Of the others a second may come by itself: from the shell beside the terminal's own.
-        if signum == signal.SIGINT and signum in came:
-            raise KeyboardInterrupt
-        came.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main one
-        yield lambda: False
-        return
-    # After nohup the end of the terminal stays ignored; None is not Python's to put back.
-    kept = [s for s in STOPS[1:] if signal.getsignal(s) in (signal.SIG_IGN, None)]
-    previous = {s: signal.signal(s, note) for s in STOPS if s not in kept}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

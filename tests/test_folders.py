@@ -1,5 +1,8 @@
 """Class folders: the same batches whoever reads them, splits, and damaged files named."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from fastcls.distributed import Share
 from fastcls.errors import UserError
 from fastcls.folders import FolderBatches, check_images, class_folders, open_image
 from fastcls.recipes.caltech_transfer import augmentation, load_data
+from fastcls.signals import STOPS
 
 Image = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
@@ -60,6 +64,23 @@ def test_workers_change_nothing(folder):
     for (images, labels), (images2, labels2) in zip(alone.epoch(1), helped.epoch(1), strict=True):
         assert torch.equal(images, images2)
         assert torch.equal(labels, labels2)
+
+
+def test_signals_to_all_processes_are_the_training_s_alone_to_heed(folder):
+    """Schedulers of batch jobs send them to each process, a terminal's Ctrl-C too."""
+    alone, helped = (list(load(folder, workers=0).train.epoch()), load(folder, workers=2).train)
+    batches = helped.epoch()
+    got = [next(batches), next(batches)]  # one of each worker
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for signum in STOPS:
+            os.kill(worker.pid, signum)
+    for worker in workers:
+        worker.join(0.5)  # time to die in
+    got += batches
+    for (images, _), (expected, _) in zip(got, alone, strict=True):
+        assert torch.equal(images, expected)
 
 
 def test_order_and_augmentation_depend_on_epoch_and_image_alone(folder):

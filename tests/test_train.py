@@ -17,6 +17,7 @@ from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
 from fastcls.models import LAYERS
 from fastcls.runs import RunFolder, read_records, run
+from fastcls.signals import STOPS, stop_signals
 from fastcls.summary import Outcome
 from fastcls.train import Trainer
 
@@ -438,7 +439,7 @@ def heard():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("signum", runs.STOPS, ids=lambda s: s.name)
+@pytest.mark.parametrize("signum", STOPS, ids=lambda s: s.name)
 def test_signals_save_the_running_epoch(signum, heard, whole, tmp_path, monkeypatch, capsys):
     train_step, calls = Trainer.train_step, []
 
@@ -449,9 +450,9 @@ def test_signals_save_the_running_epoch(signum, heard, whole, tmp_path, monkeypa
             os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(Trainer, "train_step", press)
-    handlers = [signal.getsignal(s) for s in runs.STOPS]
+    handlers = [signal.getsignal(s) for s in STOPS]
     assert not run("digits", tmp_path / "run", **BRIEF)
-    assert [signal.getsignal(s) for s in runs.STOPS] == handlers
+    assert [signal.getsignal(s) for s in STOPS] == handlers
     assert f"stopped and saved in {tmp_path / 'run'}\n" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
     assert run("digits", tmp_path / "run", resume=True)
@@ -460,7 +461,7 @@ def test_signals_save_the_running_epoch(signum, heard, whole, tmp_path, monkeypa
 
 
 def test_only_a_second_ctrl_c_interrupts(monkeypatch):
-    with pytest.raises(KeyboardInterrupt), runs.stop_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as asked:
         for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), signum)
         assert asked()
@@ -470,7 +471,7 @@ def test_only_a_second_ctrl_c_interrupts(monkeypatch):
 def test_nohup_keeps_the_end_of_the_terminal_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with runs.stop_signals() as asked:
+        with stop_signals() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not asked()
     finally:
