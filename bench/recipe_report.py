@@ -14,7 +14,8 @@ from report import ROOT, write_between_markers
 
 from fastcls import build_info, recipes
 from fastcls.compare import mean_and_spread, ratio
-from fastcls.runs import RunFolder, read_records
+from fastcls.files import read_records
+from fastcls.runs import RunFolder
 
 FILE = ROOT / "docs" / "recipes.json"
 DOCUMENT = ROOT / "docs" / "recipes.md"

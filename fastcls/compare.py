@@ -15,7 +15,7 @@ from fastcls.config import Config
 from fastcls.data import Data
 from fastcls.datasets import data_root
 from fastcls.errors import UserError, import_extra
-from fastcls.runs import write_json
+from fastcls.files import write_json
 from fastcls.train import Trainer
 
 # Steps that a side takes before it is the other's turn: few, so that whatever slows the machine

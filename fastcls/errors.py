@@ -8,6 +8,11 @@ class UserError(Exception):
     """A mistake in the options, the data or the environment; the message says how to mend it."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the rest of a long one."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def import_extra(name: str, source: str = "'fastcls[train]'") -> ModuleType:
     """Import a module that not every user needs, by default one of the extra ``fastcls[train]``.
 

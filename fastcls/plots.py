@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fastcls.errors import UserError, import_extra
+from fastcls.files import named_where_unwritten, write_atomically
 from fastcls.summary import ClassFigures
 
 Figure = import_extra("matplotlib.figure").Figure
@@ -32,7 +33,9 @@ def check_file(file: str | os.PathLike) -> None:
 def _save(figure: Figure, file: str | os.PathLike) -> None:
     for text in figure.findobj(import_extra("matplotlib.text").Text):
         text.set_parse_math(False)  # a dollar sign in a class name is one
-    figure.savefig(file, dpi=120)
+    kind = Path(file).suffix.removeprefix(".")
+    with named_where_unwritten(file):
+        write_atomically(Path(file), lambda new: figure.savefig(new, dpi=120, format=kind))
 
 
 def curves(history: list[dict], step_losses: list[float], file: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from fastcls import recipes
 from fastcls.data import Input, MemoryBatches
 from fastcls.errors import UserError
+from fastcls.files import load_checkpoint
 from fastcls.folders import open_image
-from fastcls.runs import load_checkpoint
 
 TOP = 5
 

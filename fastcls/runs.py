@@ -1,13 +1,10 @@
 """A run on disk: its folder, its checkpoints, and the whole way from a recipe to the pictures."""
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,14 +15,23 @@ from fastcls.config import Config
 from fastcls.data import Data
 from fastcls.datasets import data_root
 from fastcls.distributed import Share
-from fastcls.errors import UserError, import_extra
+from fastcls.errors import UserError, first_line, import_extra
+from fastcls.files import (
+    RESUMABLE,
+    append_records,
+    load_checkpoint,
+    named_where_unwritten,
+    read_records,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from fastcls.signals import stop_signals
 from fastcls.summary import Outcome, table_row
 from fastcls.train import Trainer
 
 # What a resumed run may change: how long and with which layers (they share all parameters).
 CHANGEABLE = ("epochs", "layers")
-RESUMABLE = "; what was saved before is whole: make room and continue with --resume"
 
 
 class RunFolder:
@@ -72,92 +78,8 @@ class RunFolder:
         for file, count in ((self.metrics, epochs), (self.steps, steps)):
             if file.exists():
                 kept = file.read_bytes().splitlines(keepends=True)[:count]
-                with _named_where_unwritten(file, RESUMABLE):
+                with named_where_unwritten(file, RESUMABLE):
                     write_atomically(file, lambda path, kept=kept: path.write_bytes(b"".join(kept)))
-
-
-def append_records(file: Path, records: Iterable[dict]) -> None:
-    with _named_where_unwritten(file, RESUMABLE), file.open("a") as lines:
-        lines.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def read_records(file: Path) -> list[dict]:
-    """The objects of a ``.jsonl`` file.
-
-    Raises:
-        UserError: a line is damaged; the message names it.
-    """
-    records = []
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{file} cannot be read: line {number}: {error}") from error
-    return records
-
-
-def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a new file and put it in place of ``file`` only when it is whole."""
-    new = file.with_name(file.name + ".new")
-    try:
-        write(new)
-        with new.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(new, file)
-    except BaseException:
-        new.unlink(missing_ok=True)  # on a full disk the rest of it would be in the way
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)  # the new name must outlive a power cut too
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_json(file: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    with _named_where_unwritten(file):
-        write_atomically(file, lambda path: path.write_text(text))
-
-
-def save_checkpoint(file: Path, state: dict) -> None:
-    """Write a checkpoint; the one before stays until the new one is whole.
-
-    Raises:
-        UserError: no room, or no permission.
-    """
-    with _named_where_unwritten(file, RESUMABLE):
-        write_atomically(file, lambda path: torch.save(state, path))
-
-
-@contextlib.contextmanager
-def _named_where_unwritten(file: Path, advice: str = "") -> Iterator[None]:
-    """Turn what the system raises while ``file`` is written into a message that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = _first_line(error)
-        # torch's own writer has the system's reason where it opens the file, and nowhere else.
-        if "inline_container" in reason or "iostream" in reason:
-            reason = reason.partition("strerror: ")[2] or "the disk may be full"
-        raise UserError(f"{file} cannot be written: {reason}{advice}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def load_checkpoint(file: Path, device: torch.device) -> dict:
-    """Read a checkpoint's tensors and plain values; code in it is never run.
-
-    Raises:
-        UserError: the file is absent or damaged.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises whatever its reader trips over
-        raise UserError(f"checkpoint {file} cannot be read: {_first_line(error)}") from error
 
 
 def configure(recipe: str, folder: RunFolder, resume: bool, changes: dict) -> Config:
@@ -288,7 +210,7 @@ def continue_run(trainer: Trainer, folder: RunFolder) -> None:
         trainer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{folder.last} is no checkpoint to continue from ({_first_line(error)}): "
+            f"{folder.last} is no checkpoint to continue from ({first_line(error)}): "
             "put the run's own one back, or begin a new run"
         ) from error
     if trainer.config.epochs < trainer.epoch:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastcls.runs import RunFolder, read_records
+from fastcls.files import read_records
+from fastcls.runs import RunFolder
 
 SPEEDS = ["seconds", "images_per_second"]
 

@@ -11,9 +11,10 @@ from fastcls.cli import main
 from fastcls.compare import Side, clock_name, compare, take_turns
 from fastcls.data import digits
 from fastcls.errors import UserError
+from fastcls.files import read_records
 from fastcls.filters import LAYER_FILTERS, PHOTO_FILTERS, activation_maps, draw, filter_photo
 from fastcls.predict import Predictor
-from fastcls.runs import read_records, run
+from fastcls.runs import run
 from fastcls.train import Trainer
 
 Image = pytest.importorskip("PIL.Image")

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastcls import distributed
 from fastcls.distributed import Share
-from fastcls.runs import read_records
+from fastcls.files import read_records
 
 for extra in ("matplotlib", "torchvision", "tqdm"):
     pytest.importorskip(extra)

@@ -6,6 +6,7 @@ Kills and full disks in the middle of a run are in test_train.py, damaged images
 import json
 import os
 import random
+import resource
 import shutil
 import struct
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 from recipe_helpers import run_child, write_mnist
 
-from fastcls import recipes, runs
+from fastcls import plots, recipes, runs
 from fastcls.cli import main
 from fastcls.datasets import torchvision_set
 from fastcls.errors import UserError
+from fastcls.files import load_checkpoint, read_records
 from fastcls.predict import Predictor
-from fastcls.runs import RunFolder, load_checkpoint, run
+from fastcls.runs import RunFolder, run
 from fastcls.train import Trainer
 
 for extra in ("matplotlib", "sklearn", "torchvision", "tqdm"):
@@ -30,6 +32,23 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "digits"
     assert run("digits", folder, epochs=1, batch_size=256)
     return folder
+
+
+@pytest.fixture
+def small_files():
+    """No file may be longer than 1000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_picture_without_room_is_named_and_the_one_before_stays(tmp_path, small_files):
+    picture = tmp_path / "filters.png"
+    picture.write_text("the one before")
+    with pytest.raises(UserError, match=r"filters\.png cannot be written: .*too large"):
+        plots.filters({"x": torch.ones(3, 3), "y": torch.eye(3)}, picture)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["the one before"]
 
 
 @pytest.fixture
@@ -124,7 +143,7 @@ def test_damaged_records_are_named(name, copied):
     file = copied.path / name
     file.write_bytes(b"\xff" + file.read_bytes()[1:])
     with pytest.raises(UserError, match=rf"{name} cannot be read: line 1"):
-        runs.read_records(file)
+        read_records(file)
 
 
 def test_a_checkpoint_of_something_else_is_not_continued(copied):

@@ -12,11 +12,12 @@ import pytest
 import torch
 from recipe_helpers import SPEEDS, SmallVgg, assert_same_numbers, run_child
 
-from fastcls import recipes, runs
+from fastcls import recipes
 from fastcls.config import OPTIMIZERS, SCHEDULES
 from fastcls.errors import UserError
+from fastcls.files import read_records, write_atomically
 from fastcls.models import LAYERS
-from fastcls.runs import RunFolder, read_records, run
+from fastcls.runs import RunFolder, run
 from fastcls.signals import STOPS, stop_signals
 from fastcls.summary import Outcome
 from fastcls.train import Trainer
@@ -569,5 +570,5 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        runs.write_atomically(file, fail)
+        write_atomically(file, fail)
     assert file.read_text() == "old"
