@@ -631,6 +631,13 @@ def test_blocks_made_by_hand_stay():
     assert rows == [("0", True, "fused already"), ("2", True, "fused already")]
 
 
+def test_a_batch_norm_is_told_to_gain_in_evaluation_alone():
+    model = layers(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    first, second = fusion_report(model)
+    assert first.fused and "in evaluation alone" in first.reason
+    assert second.fused and not second.reason
+
+
 def test_a_loss_by_itself():
     loss = fuse(nn.CrossEntropyLoss(label_smoothing=0.1))
     assert isinstance(loss, FusedCrossEntropyLoss)

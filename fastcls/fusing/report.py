@@ -9,7 +9,8 @@ class Row(NamedTuple):
 
     ``where`` is the name of its first module in the model, ``chain`` its steps: modules by their
     class, functions in lower case. ``reason`` says why it was not fused; of a fused chain, why a
-    step that could have followed was left out.
+    step that could have followed was left out, or that a batch norm lets it gain in evaluation
+    alone.
     """
 
     where: str
