@@ -32,15 +32,19 @@ ConvBlockKernels<T> fast_kernels(const ConvBlockShape& s) {
 }
 
 // Weights to pack, and products, that are worth waking a thread for.
-constexpr int64_t kThreadWeights = 32768, kThreadProducts = 1 << 19;
+constexpr double kThreadWeights = 32768, kThreadProducts = 1 << 19;
 
 // The least of `parts` equal parts of `work` that make up `of_thread`.
-int64_t grain(int64_t parts, int64_t work, int64_t of_thread) {
-  return std::max<int64_t>(of_thread * parts / std::max<int64_t>(work, 1), 1);
+int64_t grain(int64_t parts, double work, double of_thread) {
+  return static_cast<int64_t>(std::max(of_thread * parts / std::max(work, 1.0), 1.0));
 }
 
-int64_t weights(const ConvBlockShape& s) { return s.K * s.C * s.kernel_h * s.kernel_w; }
-int64_t products(const ConvBlockShape& s) { return s.N * s.conv_h * s.conv_w * weights(s); }
+double weights(const ConvBlockShape& s) {
+  return static_cast<double>(s.K * s.C * s.kernel_h * s.kernel_w);
+}
+double products(const ConvBlockShape& s) {
+  return static_cast<double>(s.N) * s.conv_h * s.conv_w * weights(s);
+}
 
 // Calls f(i) for `n` parts of the weights, on several threads if there are enough weights.
 template <typename F>
@@ -115,8 +119,8 @@ ForwardUnits forward_units(const ConvBlockShape& s, int64_t blocks) {
   const int64_t threads = torch::stable::get_num_threads();
   if (all >= threads) return {rows, bands, 1};
   const int64_t wanted = (kSharesOfThread * threads + all - 1) / all;
-  const int64_t most = std::min(blocks, products(s) / all / kThreadProducts);
-  return {rows, bands, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1))};
+  const int64_t worthwhile = static_cast<int64_t>(products(s) / all / kThreadProducts);
+  return {rows, bands, std::clamp<int64_t>(std::min(wanted, worthwhile), 1, blocks)};
 }
 
 template <typename T, typename W>
