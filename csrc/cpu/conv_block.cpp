@@ -12,6 +12,7 @@
 #include "cpu/conv_block_general.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace fastcls::cpu {
 
@@ -54,29 +55,14 @@ void for_parts_of_weights(const ConvBlockShape& s, int64_t n, const F& f) {
   });
 }
 
-// Not filled; aligned to a line of the cache.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(int64_t n) : memory_(new float[n + kLine]) {
-    ask_for_huge_pages(memory_.get(), n * sizeof(float));
-  }
-  float* get() const {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) &
-                                    ~uintptr_t{63});
-  }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  std::unique_ptr<float[]> memory_;
-};
-
 // A copy [K, kernel_h, kernel_w, C].
 template <typename W>
-AlignedFloats float_copy(const ConvBlockShape& s, const View4<const W>& weight) {
+Scratch<float> float_copy(const ConvBlockShape& s, const View4<const W>& weight) {
   const int64_t row = s.kernel_h * s.kernel_w * s.C;
-  AlignedFloats copy(s.K * row);
+  Scratch<float> copy;
+  copy.reserve(s.K * row);
   for_parts_of_weights(s, s.K, [&](int64_t k) {
-    float* dst = copy.get() + k * row;
+    float* dst = copy.data + k * row;
     for (int64_t i = 0; i < s.kernel_h; ++i)
       for (int64_t j = 0; j < s.kernel_w; ++j)
         for (int64_t c = 0; c < s.C; ++c) *dst++ = static_cast<float>(*weight.at(k, c, i, j));
@@ -97,17 +83,18 @@ std::optional<DenseWeight> in_place(const ConvBlockShape& s, const View4<const W
 }
 
 template <typename W>
-AlignedFloats pack(const WeightPacker& packer, const ConvBlockShape& s,
-                   const View4<const W>& weight) {
+Scratch<float> pack(const WeightPacker& packer, const ConvBlockShape& s,
+                    const View4<const W>& weight) {
   std::optional<DenseWeight> dense = in_place(s, weight);
-  std::optional<AlignedFloats> copy;
+  Scratch<float> copy;
   if (!dense) {
     copy = float_copy(s, weight);
-    dense = DenseWeight{copy->get(), 1, s.C};
+    dense = DenseWeight{copy.data, 1, s.C};
   }
-  AlignedFloats packed(packer.floats(s));
+  Scratch<float> packed;
+  packed.reserve(packer.floats(s));
   for_parts_of_weights(s, packer.blocks(s),
-                       [&](int64_t block) { packer.pack(s, *dense, block, packed.get()); });
+                       [&](int64_t block) { packer.pack(s, *dense, block, packed.data); });
   return packed;
 }
 
@@ -127,7 +114,7 @@ template <typename T, typename W>
 void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                   const View4<const T>& x, const View4<const W>& weight, const W* bias,
                   const View4<T>& out, uint8_t* winner) {
-  const AlignedFloats packed = pack(kernels.forward_weight, s, weight);
+  const Scratch<float> packed = pack(kernels.forward_weight, s, weight);
   std::vector<float> float_bias(s.K + kBiasPadding, 0.f);
   if (bias)
     for (int64_t k = 0; k < s.K; ++k) float_bias[k] = static_cast<float>(bias[k]);
@@ -135,7 +122,7 @@ void forward_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
   const int64_t count = s.N * units.bands * units.shares;
   parallel_for(
       0, count, grain(count, products(s), kThreadProducts), [&](int64_t begin, int64_t end) {
-        kernels.forward(s, x, packed.get(), float_bias.data(), out, winner, units, begin, end);
+        kernels.forward(s, x, packed.data, float_bias.data(), out, winner, units, begin, end);
       });
 }
 
@@ -143,9 +130,9 @@ template <typename T, typename W>
 void backward_input_fast(const ConvBlockKernels<T>& kernels, const ConvBlockShape& s,
                          const View4<const T>& grad_out, const View4<const W>& weight,
                          const uint8_t* winner, const View4<T>& grad_input) {
-  const AlignedFloats packed = pack(kernels.input_weight, s, weight);
+  const Scratch<float> packed = pack(kernels.input_weight, s, weight);
   parallel_for(0, s.N, grain(s.N, products(s), kThreadProducts), [&](int64_t begin, int64_t end) {
-    kernels.backward_input(s, grad_out, packed.get(), winner, grad_input, begin, end);
+    kernels.backward_input(s, grad_out, packed.data, winner, grad_input, begin, end);
   });
 }
 

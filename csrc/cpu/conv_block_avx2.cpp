@@ -1,6 +1,6 @@
 // The conv-block kernels for AVX2 with FMA and F16C.
 #include "cpu/conv_block_fast.h"
-#include "cpu/huge_pages.h"
+#include "cpu/scratch.h"
 
 #if defined(__x86_64__)
 

@@ -1,6 +1,6 @@
 // The conv-block kernels for AVX-512 (F, BW, DQ, VL).
 #include "cpu/conv_block_fast.h"
-#include "cpu/huge_pages.h"
+#include "cpu/scratch.h"
 
 #if defined(__x86_64__)
 

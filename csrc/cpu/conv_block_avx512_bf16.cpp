@@ -1,6 +1,6 @@
 // The conv-block kernels for AVX-512 (F, BW, DQ, VL) with BF16, which serve bfloat16 alone.
 #include "cpu/conv_block_fast.h"
-#include "cpu/huge_pages.h"
+#include "cpu/scratch.h"
 
 #if defined(__x86_64__)
 

@@ -2,19 +2,6 @@
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Scratch memory, aligned to a cache line, with room for one vector read past the end. What was
-// not written means nothing: sums over it are dropped.
-template <typename E>
-struct Scratch {
-  std::unique_ptr<E[]> memory;
-  E* data = nullptr;
-  void reserve(int64_t n) {
-    memory.reset(new E[n + (64 + 4 * L) / sizeof(E) + 4 * L]);
-    ask_for_huge_pages(memory.get(), n * sizeof(E));
-    data = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
-  }
-};
-
 // Pixels of channels-innermost memory, row by row: pixel p lies at offset(p).
 struct Pixels {
   int64_t width, row_stride, pixel_stride;

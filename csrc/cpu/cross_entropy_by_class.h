@@ -207,7 +207,8 @@ bool sum_near_zero(const Run<T, P>& run, int64_t row, int64_t ahead, float* powe
   if (!(Vec::bits(fit) == kAllLanes && sums.sum > kLeastSum && p_y > kLeastProbability))
     return false;
   const float weight = run.scale[row] * r->at_target[i];
-  if (run.weight && run.grad && !keeps_digits(weight / sums.sum, weight)) return false;
+  if (run.weight && run.grad && !keep_digits(Vec::set(weight / sums.sum), Vec::set(weight)))
+    return false;
   if (run.hits) *run.hits += row_is_hit(run, row, reduce_max(sums.greatest), sums.sum);
   return true;
 }

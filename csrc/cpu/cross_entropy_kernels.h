@@ -81,10 +81,6 @@ inline bool keep_digits(Vec weight_by_sum, Vec weight) {
                               Vec::greater(Vec::set(kGreatestFactor), size));
   return Vec::bits(Vec::either(kept, Vec::equal(weight, zero))) == kAllLanes;
 }
-inline bool keeps_digits(float weight_by_sum, float weight) {
-  const float size = std::abs(weight_by_sum);
-  return weight == 0 || (size > kLeastFactor && size < kGreatestFactor);
-}
 
 // The losses of several tiles are finished together: a logarithm alone would keep the processor
 // waiting.
